@@ -1,0 +1,62 @@
+"""Prompts or classes and seeds to images."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dgkit.anatomy import pipeline_row
+from dgkit.errors import DgkitError
+
+
+def generate(
+    pipe: Any,
+    conditions: Sequence[Any],
+    seeds: Sequence[int],
+    *,
+    num_inference_steps: int,
+    guidance_scale: float = 1.0,
+    batch_size: int = 64,
+    **call: Any,
+) -> NDArray[np.uint8]:
+    """Images (N, H, W, 3), one per (condition, seed) pair.
+
+    Each image has a generator of its own, so its starting noise depends on its seed alone.
+
+    Args:
+        pipe: a pipeline.
+        conditions: prompts, or class ids for `DiTPipeline`.
+        seeds: one per condition.
+        num_inference_steps: sampling steps.
+        guidance_scale: s of u + s (c - u); 1 for no CFG.
+        batch_size: images per call of the pipeline.
+        call: further arguments of the pipeline's call.
+
+    Raises:
+        DgkitError: no conditions, as many seeds as conditions are not given, or a number out of range.
+        ModelError: an unknown pipeline class.
+    """
+    row = pipeline_row(pipe)
+    if isinstance(conditions, str) or len(conditions) == 0 or len(conditions) != len(seeds):
+        raise DgkitError(f"give one seed per condition, got {len(conditions)} conditions and {len(seeds)} seeds")
+    for name, value in (("num_inference_steps", num_inference_steps), ("batch_size", batch_size)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise DgkitError(f"{name}={value!r} is not allowed: give an integer, 1 or above")
+    if not np.isfinite(guidance_scale) or guidance_scale < 1:
+        raise DgkitError(f"guidance_scale={guidance_scale!r} is not allowed: give a number from 1 (no CFG) up")
+    pipe.set_progress_bar_config(disable=True)
+    parts = []
+    for start in range(0, len(conditions), batch_size):
+        batch = slice(start, start + batch_size)
+        output = pipe(
+            **{row.condition: list(conditions[batch])},
+            generator=[torch.Generator().manual_seed(int(seed)) for seed in seeds[batch]],
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            output_type="np",
+            **call,
+        )
+        parts.append((output.images * 255).round().astype(np.uint8))
+    return np.concatenate(parts)

@@ -1,0 +1,187 @@
+"""Uncertainty of what was measured: paired bootstrap, win probability, shares of variance.
+
+Images (or prompts) are the unit that is drawn at random, so they are what is resampled: 10,000 resamples from a fixed
+seed, percentile intervals at 95 % (Efron and Tibshirani 1993, chapter 13).
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import stats
+
+from dgkit.errors import DgkitError
+
+RESAMPLES = 10_000
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A measured value with its 95 % interval; prints as "0.123 [0.101, 0.140]", or with a format such as `:.1f`."""
+
+    value: float
+    low: float
+    high: float
+
+    def __format__(self, spec: str) -> str:
+        spec = spec or ".3f"
+        return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+
+    def __str__(self) -> str:
+        return format(self)
+
+
+def bootstrap(values: ArrayLike, statistic: Literal["mean", "median"] = "mean") -> Interval:
+    """Mean (or median) of `values` (n,) over images, with a percentile bootstrap interval.
+
+    Raises:
+        DgkitError: fewer than two values, more than one axis, values that are not finite, or an unknown statistic.
+    """
+    if statistic not in ("mean", "median"):
+        raise DgkitError(f'statistic={statistic!r} is not allowed: use "mean" or "median"')
+    sample = _finite(values, "values", axes=1)
+    function = np.mean if statistic == "mean" else np.median
+    with np.errstate(invalid="ignore"):  # scipy's standard error of constant values, which is not used
+        interval = stats.bootstrap(
+            (sample,),
+            function,
+            n_resamples=RESAMPLES,
+            batch=max(1, 4_000_000 // len(sample)),
+            confidence_level=LEVEL,
+            method="percentile",
+            rng=np.random.default_rng(0),
+        ).confidence_interval
+    return Interval(float(function(sample)), float(interval.low), float(interval.high))
+
+
+def paired_bootstrap(
+    a: ArrayLike, b: ArrayLike | None = None, statistic: Literal["mean", "median"] = "mean"
+) -> Interval:
+    """Mean (or median) of a - b over pairs: same condition, same noise.
+
+    Args:
+        a: One value per image (n,).
+        b: The other method's value for the same images (n,); None if `a` already holds differences.
+        statistic: What is taken over the differences.
+
+    Raises:
+        DgkitError: `a` and `b` have different lengths, and as for `bootstrap`.
+    """
+    return bootstrap(a if b is None else np.subtract(*_pair(a, b)), statistic)
+
+
+def win_probability(a: ArrayLike, b: ArrayLike) -> Interval:
+    """Probability that `a` beats `b` on the same image, ties counted half, with a paired bootstrap interval.
+
+    Where all pairs have the same outcome a resample cannot differ and the bootstrap would claim certainty; there the
+    interval is Wilson's.
+
+    Args:
+        a: One value per image (n,); larger is better.
+        b: The other method's value for the same images (n,).
+
+    Raises:
+        DgkitError: as for `paired_bootstrap`.
+    """
+    first, second = _pair(a, b)
+    scores = (np.sign(first - second) + 1) / 2
+    return wilson(scores.sum(), len(scores)) if np.ptp(scores) == 0 else bootstrap(scores)
+
+
+def wilson(wins: float, n: int) -> Interval:
+    """Share of `wins` in `n` independent trials with Wilson's score interval (Wilson 1927); `wins` may count halves.
+
+    Raises:
+        DgkitError: `n` is not positive or `wins` is not in [0, n].
+    """
+    if not n > 0 or not 0 <= wins <= n:
+        raise DgkitError(f"wins={wins}, n={n} is not allowed: n must be positive and wins within [0, n]")
+    z = float(stats.norm.ppf((1 + LEVEL) / 2))
+    share = wins / n
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return Interval(float(share), max(0.0, float(centre - half)), min(1.0, float(centre + half)))
+
+
+def variance_explained(values: ArrayLike, labels: ArrayLike | None = None) -> dict[str, Interval]:
+    """Shares of the variance of a table that timestep and condition explain (eta squared; they add to 1).
+
+    Two-way analysis of variance without replication: the total sum of squares is split into the part of the timestep
+    means, the part of the image means and the rest. With labels the image part is split further into the part of the
+    class means and that of the images within their class. The shares describe these images: with few images in a class
+    the class share contains chance, (classes - 1) / (images - 1) of the image part if classes meant nothing.
+
+    Args:
+        values: One row per image, one column per timestep (images, timesteps).
+        labels: Class of each image (images,).
+
+    Returns:
+        "timestep", "image", "residual", or with labels "timestep", "class", "image" (within class), "residual"; each
+        with a bootstrap interval over images (within classes if there are labels).
+
+    Raises:
+        DgkitError: fewer than two images or timesteps, values that are not finite or all equal, labels of another
+            length, or a class with a single image.
+    """
+    table = _finite(values, "values", axes=2)
+    images, timesteps = table.shape
+    if timesteps < 2:
+        raise DgkitError(f"values has {timesteps} timestep: at least 2 are needed")
+    table = table - table.mean()
+    if not np.any(np.abs(table) > 1e-12 * np.abs(np.asarray(values, dtype=float)).max()):
+        raise DgkitError("values are all equal: there is no variance to explain")
+    if labels is None:
+        groups = np.zeros(images, dtype=int)
+    else:
+        names, groups, counts = np.unique(np.asarray(labels), return_inverse=True, return_counts=True)
+        if groups.shape != (images,):
+            raise DgkitError(f"labels has shape {np.shape(labels)}: one label for each of {images} images is needed")
+        if counts.min() < 2:
+            raise DgkitError(f"labels: class {names[counts.argmin()]} has one image, at least 2 are needed")
+    members = np.equal.outer(np.arange(groups.max() + 1), groups)  # (classes, images)
+
+    # Every sum of squares depends on a resample only through how often it drew each image, so all resamples are
+    # evaluated at once; the first row is the sample itself.
+    generator = np.random.default_rng(0)
+    draws = np.zeros((1 + RESAMPLES, images))
+    draws[0] = 1
+    for member in members:
+        draws[1:, member] = generator.multinomial(member.sum(), np.full(member.sum(), 1 / member.sum()), RESAMPLES)
+
+    image_means = table.mean(axis=1)
+    mean = draws @ image_means / images
+    class_means = draws @ (members * image_means).T / members.sum(axis=1)
+    total = draws @ (table**2).sum(axis=1) - images * timesteps * mean**2
+    by_timestep = images * (((draws @ table) / images) ** 2).sum(axis=1) - images * timesteps * mean**2
+    by_class = timesteps * ((class_means**2) @ members.sum(axis=1) - images * mean**2)
+    by_image = timesteps * (draws @ image_means**2 - images * mean**2) - by_class
+    parts = {"timestep": by_timestep, "image": by_image, "residual": total - by_timestep - by_class - by_image}
+    if labels is not None:
+        parts = {"timestep": by_timestep, "class": by_class, **parts}
+    # A resample of one image drawn over and over may have no variance at all: it cannot say how it is shared.
+    varied = total > 1e-12 * total[0]
+    return {name: _percentiles(part[varied] / total[varied]) for name, part in parts.items()}
+
+
+def _percentiles(replicates: NDArray[np.float64]) -> Interval:
+    """Interval of the resamples' values (1 + resamples,), of which the first is the sample's own."""
+    low, high = np.quantile(replicates[1:], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(float(replicates[0]), float(low), float(high))
+
+
+def _pair(a: ArrayLike, b: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    first, second = _finite(a, "a", axes=1), _finite(b, "b", axes=1)
+    if len(first) != len(second):
+        raise DgkitError(f"a has {len(first)} values and b {len(second)}: a paired comparison needs the same images")
+    return first, second
+
+
+def _finite(values: Any, name: str, axes: int) -> NDArray[np.float64]:
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != axes or len(array) < 2:
+        raise DgkitError(f"{name} has shape {array.shape}: {axes} axes and at least 2 images are needed")
+    if not np.isfinite(array).all():
+        raise DgkitError(f"{name} holds {np.count_nonzero(~np.isfinite(array))} values that are not finite")
+    return array

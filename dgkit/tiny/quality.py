@@ -1,0 +1,343 @@
+"""How good the shipped models are: measured numbers, and the model cards made from them."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, DiTPipeline
+from PIL import Image, ImageDraw, ImageFont
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dgkit.errors import LoadError
+from dgkit.hooks import record
+from dgkit.massive import channel_ratio
+from dgkit.tiny import data
+from dgkit.tiny.classifier import accuracy, load_classifier
+from dgkit.tiny.dit import encode, to_rgb
+from dgkit.tiny.loop import device
+
+PSNR_BAR, AGREEMENT_BAR, RATIO_BAR = 28.0, 0.85, 8.0
+SAMPLES = 1000
+CLASSES = len(data.FASHION_MNIST_CLASSES)
+
+
+def measure(run: Path, *, guidance_scale: float = 4.0, steps: int = 50) -> dict[str, Any]:
+    """Measure the `tiny-dit` that `train("tiny-dit", run)` left in `run/model`.
+
+    Writes `quality.json`, a sheet of samples (`samples.png`) and the card (`README.md`) into `run/model`.
+
+    Args:
+        run: the training's folder; its snapshots show the massive activations over training.
+        guidance_scale: diffusers' guidance scale of the guided samples.
+        steps: sampling steps.
+
+    Returns:
+        The numbers of `quality.json`.
+
+    Raises:
+        LoadError: `run` does not hold a finished training.
+    """
+    folder = run / "model"
+    if not (folder / "training.json").is_file():
+        raise LoadError(f"run={str(run)!r} is not allowed: it holds no finished training (no model/training.json)")
+    pipe = DiffusionPipeline.from_pretrained(folder).to(device())
+    pipe.set_progress_bar_config(disable=True)
+    judge = load_classifier().to(device())
+    labels = torch.arange(SAMPLES) % CLASSES
+    unguided = draw(pipe, labels, 1.0, steps)
+    guided = draw(pipe, labels, guidance_scale, steps)
+    real, _ = data.fashion_mnist("test")
+    quality = {
+        "bytes": sum(file.stat().st_size for file in folder.rglob("*.safetensors")),
+        "psnr_db": autoencoder_psnr(pipe, real),
+        "psnr_images": len(real),
+        "samples": SAMPLES,
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "agreement": accuracy(judge, guided, labels),
+        "agreement_of_class": {
+            name: accuracy(judge, guided[labels == c], labels[labels == c])
+            for c, name in enumerate(data.FASHION_MNIST_CLASSES)
+        },
+        "agreement_without_cfg": accuracy(judge, unguided, labels),
+        "massive": massive_over_training(pipe, run / "transformer"),
+        "device": str(device()),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+    }
+    (folder / "quality.json").write_text(json.dumps(quality, indent=2) + "\n")
+    contact_sheet(guided[: 10 * CLASSES]).save(folder / "samples.png", optimize=True)
+    write_card(folder, json.loads((folder / "training.json").read_text()), quality)
+    return quality
+
+
+def draw(pipe: DiTPipeline, labels: Tensor, guidance_scale: float, steps: int) -> np.ndarray:
+    """One uint8 sample (28, 28, 3) per class label; sample i starts from the noise of seed i."""
+    images = []
+    for seeds in torch.arange(len(labels)).split(100):
+        output = pipe(
+            class_labels=labels[seeds].tolist(),
+            guidance_scale=guidance_scale,
+            num_inference_steps=steps,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds.tolist()],
+            output_type="np",
+        )
+        images.append((output.images * 255).round().astype(np.uint8))
+    return np.concatenate(images)
+
+
+@torch.no_grad()
+def autoencoder_psnr(pipe: DiTPipeline, images: Tensor) -> float:
+    """Mean over grey uint8 images (N, 1, H, W) of the PSNR of their reconstructions, in dB.
+
+    An image is decoded from its posterior mean; the peak is the range of the pixels.
+    """
+    values = []
+    for part in images.split(250):
+        decoded = pipe.vae.decode(encode(pipe.vae, part)).sample.clamp(-1, 1)
+        error = (decoded - to_rgb(part.to(decoded.device))).square().mean((1, 2, 3))
+        values.append(10 * torch.log10(2**2 / error))
+    return torch.cat(values).mean().item()
+
+
+@torch.no_grad()
+def massive_over_training(pipe: DiTPipeline, snapshots: Path) -> list[dict[str, Any]]:
+    """The largest channel of each block at each training snapshot, for the same noised test images.
+
+    100 test images, encoded, each with DDPM noise at ten timesteps 50, 150, ..., 950, under their own class.
+
+    Args:
+        pipe: the trained pipeline; its transformer's weights are those of the last snapshot afterwards.
+        snapshots: the folder of the `step-N.safetensors`.
+
+    Returns:
+        One row per snapshot, in order of training: "step"; per block "ratio", the mean |z| of the largest channel over
+        that of the median channel; and "dim", which channel it is.
+
+    Raises:
+        LoadError: there is no snapshot, or one does not fit the transformer.
+    """
+    files = sorted(snapshots.glob("step-*.safetensors"), key=_step)
+    if not files:
+        raise LoadError(f"snapshots={str(snapshots)!r} is not allowed: there is no step-N.safetensors in it")
+    images, labels = (tensor[:100] for tensor in data.fashion_mnist("test"))
+    latents = encode(pipe.vae, images)
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn((10, *latents.shape), generator=generator).to(latents.device)
+    times = torch.arange(50, 1000, 100, device=latents.device)
+    rows = []
+    for file in files:
+        loaded = pipe.transformer.load_state_dict(load_file(file), strict=False)  # snapshots hold no buffers
+        missing = set(loaded.missing_keys) - {name for name, _ in pipe.transformer.named_buffers()}
+        if missing or loaded.unexpected_keys:
+            raise LoadError(f"{file} does not fit the transformer: {sorted(missing) + loaded.unexpected_keys}")
+        with record(pipe.transformer) as trace:
+            for time, noise_at_time in zip(times, noise, strict=True):
+                timestep = time.expand(len(latents))
+                pipe.transformer(
+                    pipe.scheduler.add_noise(latents, noise_at_time, timestep), timestep, labels.to(latents.device)
+                )
+        ratio, dim = channel_ratio(trace.mean_abs()).max(1)
+        rows.append({"step": _step(file), "ratio": [round(r, 2) for r in ratio.tolist()], "dim": dim.tolist()})
+    return rows
+
+
+def _step(snapshot: Path) -> int:
+    return int(snapshot.stem.removeprefix("step-"))
+
+
+def contact_sheet(images: np.ndarray, *, zoom: int = 3, gap: int = 2, margin: int = 84) -> Image.Image:
+    """A row per class, named, of uint8 samples (N, 28, 28, 3) in class order 0, 1, ..., 9, 0, 1, ...; pixels repeated."""
+    side = images.shape[1] * zoom + gap
+    sheet = Image.new("RGB", (margin + len(images) // CLASSES * side, CLASSES * side), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    for index, image in enumerate(images):
+        column, row = divmod(index, CLASSES)
+        tile = Image.fromarray(image.repeat(zoom, 0).repeat(zoom, 1))
+        sheet.paste(tile, (margin + column * side, row * side))
+    for row, name in enumerate(data.FASHION_MNIST_CLASSES):
+        pen.text((4, (row + 0.5) * side), name, "black", font, anchor="lm")
+    return sheet
+
+
+def measure_classifier(run: Path) -> dict[str, Any]:
+    """Measure the `fashion-classifier` that `train("fashion-classifier", run)` left in `run/model`.
+
+    Writes `quality.json` and the card (`README.md`) into `run/model`.
+
+    Raises:
+        LoadError: `run` does not hold a finished training.
+    """
+    folder = run / "model"
+    model = load_classifier(folder)
+    images, labels = data.fashion_mnist("test")
+    samples = data.as_samples(images)
+    quality = {
+        "bytes": (folder / "model.safetensors").stat().st_size,
+        "test_images": len(images),
+        "accuracy": accuracy(model, samples, labels),
+        "accuracy_of_class": {
+            name: accuracy(model, samples[labels == c], labels[labels == c])
+            for c, name in enumerate(data.FASHION_MNIST_CLASSES)
+        },
+    }
+    (folder / "quality.json").write_text(json.dumps(quality, indent=2) + "\n")
+    write_classifier_card(folder, json.loads((folder / "training.json").read_text()), quality)
+    return quality
+
+
+def write_card(folder: Path, training: dict[str, Any], quality: dict[str, Any]) -> None:
+    """Write the card of `tiny-dit` (`README.md`) from the contents of `training.json` and `quality.json`."""
+    last = quality["massive"][-1]
+    peak = max(last["ratio"])
+    fixed, blocks_with_it = Counter(last["dim"]).most_common(1)[0]
+    blocks = range(len(last["ratio"]))
+    ratios = [
+        _row("step", *(f"block {b}" for b in blocks)),
+        _row(*["---:"] * (len(blocks) + 1)),
+        *(
+            _row(row["step"], *(f"{r:.1f} ({d})" for r, d in zip(row["ratio"], row["dim"], strict=True)))
+            for row in quality["massive"]
+        ),
+    ]
+    card = f"""# tiny-dit
+
+A small latent, class-conditional diffusion transformer in the classes of the real one: `DiTTransformer2DModel`,
+`AutoencoderKL` and `DDIMScheduler` in a `DiTPipeline`. 28 x 28 images of ten classes of clothing. It is trained, not
+planted: the massive activations in it came from training alone.
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained("data/models/tiny-dit")
+images = pipe(pipe.get_label_ids(["sneaker", "coat"]), guidance_scale={quality["guidance_scale"]:g}, \
+num_inference_steps={quality["steps"]}).images
+```
+
+![{10} samples of each class](samples.png)
+
+Samples with guidance scale {quality["guidance_scale"]:g}, {quality["steps"]} steps, seeds 0 to {
+        10 * CLASSES - 1
+    }; none left out.
+
+## Data and recipe
+
+Data: {training["data"]}; its training split only. Grey pixels are repeated to three channels.
+The whole recipe is `tiny-dit.toml` beside this card; `dgkit tiny train tiny-dit` repeats it. Weights: \
+{quality["bytes"] / 1e6:.1f} MB of safetensors in bfloat16.
+
+{_networks(training)}
+
+## Measured quality
+
+{_row("", "measured", "bar", "")}
+{_row("---", "---:", "---:", "---")}
+{
+        _row(
+            f"PSNR of the autoencoder, {quality['psnr_images']:,} test images",
+            f"{quality['psnr_db']:.2f} dB",
+            f"{PSNR_BAR:g} dB",
+            _verdict(quality["psnr_db"] >= PSNR_BAR),
+        )
+    }
+{
+        _row(
+            f"samples that the classifier assigns to their class, guidance scale {quality['guidance_scale']:g}",
+            f"{quality['agreement']:.1%}",
+            f"{AGREEMENT_BAR:.0%}",
+            _verdict(quality["agreement"] >= AGREEMENT_BAR),
+        )
+    }
+{_row("the same without classifier-free guidance", f"{quality['agreement_without_cfg']:.1%}", "", "")}
+{
+        _row(
+            "largest channel over its block's median, last snapshot",
+            f"{peak:.1f}",
+            f"{RATIO_BAR:g}",
+            _verdict(peak >= RATIO_BAR),
+        )
+    }
+
+{quality["samples"]:,} samples of balanced classes, {
+        quality["steps"]
+    } steps, sample i from the noise of seed i, judged by
+`fashion-classifier`, which never saw a sample. By class: {_by_class(quality["agreement_of_class"])}.
+
+## Massive activations over training
+
+Mean |z| of the block's largest channel over that of its median channel (and which channel that is), after so many steps:
+averaged weights, 100 noised test images, ten timesteps. In the last snapshot channel {fixed} is the largest in \
+{blocks_with_it} of {len(blocks)} blocks.
+
+{chr(10).join(ratios)}
+
+## Limits
+
+* Only the noise half of the output is trained. The learned-sigma half stays exactly zero, as initialised, so samplers that
+  use it (DDPM with learned variance) do not work; DDIM does not use it.
+* Ten labels, 0 to 9, and the null label 1000; the other rows of the label tables are zero and mean nothing.
+* 28 x 28 grey images: what holds here need not hold for large models.
+
+Licence: MIT, as the data.
+"""
+    (folder / "README.md").write_text(card)
+
+
+def write_classifier_card(folder: Path, training: dict[str, Any], quality: dict[str, Any]) -> None:
+    """Write the card of `fashion-classifier` (`README.md`) from the contents of `training.json` and `quality.json`."""
+    card = f"""# fashion-classifier
+
+A small convolutional network that judges samples of `tiny-dit`: ten logits say which class an image shows; its 64
+penultimate features take the place that Inception's features have on ImageNet. Distances between them are not FID.
+
+```python
+from dgkit.tiny.classifier import load_classifier
+
+model = load_classifier()
+logits, features = model(images), model.features(images)  # images: uint8 (N, 28, 28, 3)
+```
+
+Accuracy on the {quality["test_images"]:,} images of the real test set: {quality["accuracy"]:.2%}.
+By class: {_by_class(quality["accuracy_of_class"])}.
+
+Data: {training["data"]}; its training split only, never a generated image.
+The whole recipe is `fashion-classifier.toml` beside this card; `dgkit tiny train fashion-classifier` repeats it. Weights:
+{quality["bytes"] / 1e3:.0f} kB of safetensors in float16, loaded as float32.
+
+{_networks(training)}
+
+Licence: MIT, as the data.
+"""
+    (folder / "README.md").write_text(card)
+
+
+def _networks(training: dict[str, Any]) -> str:
+    """The table of what each network's training took."""
+    columns = {
+        "parameters": lambda n: f"{n['parameters']:,}",
+        "steps": lambda n: f"{n['steps']:,}",
+        "batch": lambda n: n["batch"],
+        "time": lambda n: f"{n['seconds'] / 60:.0f} min",
+        "device": lambda n: f"{n['device']}, {n['threads']} thread(s)" if n["device"] == "CPU" else n["device"],
+        "mean loss of the last 100 steps": lambda n: f"{n['mean_loss_of_last_100_steps']:.4f}",
+        "torch": lambda n: n["torch"],
+    }
+    rows = [_row(name, *(column(n) for column in columns.values())) for name, n in training["networks"].items()]
+    return "\n".join([_row("network", *columns), _row(*["---"] * (len(columns) + 1)), *rows])
+
+
+def _row(*cells: object) -> str:
+    return f"| {' | '.join(str(cell) for cell in cells)} |"
+
+
+def _verdict(met: bool) -> str:
+    return "met" if met else "**not met**"
+
+
+def _by_class(shares: dict[str, float]) -> str:
+    return ", ".join(f"{name} {share:.1%}" for name, share in shares.items())

@@ -1,0 +1,129 @@
+"""The models that dgkit knows by name: where they come from, what they need, and the paper's settings for them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from safetensors import SafetensorError
+
+from dgkit.anatomy import Anatomy, dissect
+from dgkit.errors import LoadError
+from dgkit.paths import DATA
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Detail Guidance settings of one model; None where no source states the value.
+
+    Attributes:
+        block: zero-based block, the paper's depth m - 1 (Table 4).
+        dims: disrupted channels (Table 4).
+        scale: w without CFG (Table 5).
+        scale_with_cfg: w beside CFG (Table 5).
+        guidance_scale: s of u + s (c - u) for plain CFG; the paper's lambda of Table 5's CFG rows.
+        steps: sampling steps.
+        source: where the values come from.
+    """
+
+    block: int | None
+    dims: tuple[int, ...] | None
+    scale: float | None
+    scale_with_cfg: float | None
+    guidance_scale: float
+    steps: int
+    source: str
+
+
+@dataclass(frozen=True)
+class Model:
+    """One row of the zoo.
+
+    Attributes:
+        source: hub id, or None for a model shipped in `data/models`.
+        pipeline, transformer: diffusers classes.
+        blocks, channels: N and d, which also identify the model when a user brings a pipeline of their own.
+        licence: licence of the weights.
+        weights_gb: size of all weights in bfloat16, text encoders included.
+        preset: see `Preset`.
+    """
+
+    source: str | None
+    pipeline: str
+    transformer: str
+    blocks: int
+    channels: int
+    licence: str
+    weights_gb: float
+    preset: Preset
+
+
+MODELS: dict[str, Model] = {
+    "tiny-dit": Model(
+        None, "DiTPipeline", "DiTTransformer2DModel", 8, 128, "MIT", 0.01,
+        Preset(None, None, None, None, 4.0, 20, "this project: see the model card"),
+    ),
+    "sd3": Model(
+        "stabilityai/stable-diffusion-3-medium-diffusers", "StableDiffusion3Pipeline", "SD3Transformer2DModel",
+        24, 1536, "Stability AI Community (gated)", 15.0,
+        Preset(5, (810,), 1.0, 1.0, 4.0, 28, "Tables 4 and 5"),
+    ),
+    "sd3.5-large": Model(
+        "stabilityai/stable-diffusion-3.5-large", "StableDiffusion3Pipeline", "SD3Transformer2DModel",
+        38, 2432, "Stability AI Community (gated)", 28.0,
+        Preset(19, (676,), 4.0, 2.0, 4.0, 28, "Tables 4 and 5"),
+    ),
+    "flux-dev": Model(
+        "black-forest-labs/FLUX.1-dev", "FluxPipeline", "FluxTransformer2DModel",
+        57, 3072, "FLUX.1 [dev] Non-Commercial (gated)", 34.0,
+        Preset(21, (154, 1446), 4.0, 2.0, 3.5, 50, "Tables 4 and 5"),
+    ),
+    "dit-xl-2": Model(
+        "facebook/DiT-XL-2-256", "DiTPipeline", "DiTTransformer2DModel",
+        28, 1152, "CC-BY-NC 4.0", 1.5,
+        Preset(6, None, None, None, 4.0, 250, "appendix H, which states neither the dims nor w"),
+    ),
+}  # fmt: skip
+
+
+def load(name: str, *, device: str = "cpu", dtype: torch.dtype | None = None) -> Any:
+    """Load a pipeline.
+
+    Args:
+        name: a name in `MODELS`, a pipeline folder, or a hub id "owner/name".
+        device: "cpu", "cuda", "cuda:1", ...
+        dtype: of the weights; float32 on the CPU and bfloat16 elsewhere by default.
+
+    Raises:
+        LoadError: unknown name, a folder that is not a complete pipeline, broken weights, no access to the hub.
+    """
+    if not isinstance(name, str | Path) or not str(name):
+        raise LoadError(f"name={name!r} is not allowed: give a name ({', '.join(MODELS)}), a folder or a hub id")
+    row, folder = MODELS.get(str(name)), Path(name)
+    source = str(name) if row is None else row.source or str(DATA / "models" / str(name))
+    if row is None and not folder.is_dir() and (str(name).count("/") != 1 or str(name).startswith((".", "/"))):
+        raise LoadError(f"model {str(name)!r} is unknown: use {', '.join(MODELS)}, a pipeline folder or a hub id")
+    if Path(source).is_dir() and not (Path(source) / "model_index.json").is_file():
+        raise LoadError(f"{source} is not a diffusers pipeline folder: it has no model_index.json")
+    try:
+        torch_device = torch.device(device)
+    except RuntimeError as error:
+        raise LoadError(f'device={device!r} is not allowed: give "cpu", "cuda", "cuda:0", ...') from error
+    if torch_device.type == "cuda" and not torch.cuda.is_available():
+        raise LoadError(f'device={device!r} is not available here: torch finds no GPU, use device="cpu"')
+    dtype = dtype or (torch.float32 if torch_device.type == "cpu" else torch.bfloat16)
+    try:
+        pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        gated = f" (licence: {row.licence}; accept it on the hub and log in)" if row and row.source else ""
+        reason = str(error).strip().splitlines()
+        raise LoadError(f"{source} could not be loaded{gated}: {reason[0] if reason else error!r}") from error
+    return pipe.to(torch_device)
+
+
+def preset_of(target: Any) -> Preset | None:
+    """The preset of the model that a pipeline, transformer or anatomy is, known by its class, depth and width."""
+    anatomy = target if isinstance(target, Anatomy) else dissect(target)
+    shape = (type(anatomy.model).__name__, len(anatomy.blocks), anatomy.channels)
+    return next((m.preset for m in MODELS.values() if (m.transformer, m.blocks, m.channels) == shape), None)
