@@ -211,10 +211,12 @@ class Pipeline:
     Attributes:
         condition: the argument of `__call__` that holds the prompts or classes.
         rows: labels the batch rows of one transformer call, from the pipeline, the call and the latents of the call before.
+        batched_cfg: whether CFG is one call on a doubled batch; else it is a second call, of which the first cannot know.
     """
 
     condition: str
     rows: Callable[[Any, Call, Tensor | None], tuple[str, ...]]
+    batched_cfg: bool = True
 
 
 def _sd3_rows(pipe: Any, call: Call, previous: Tensor | None) -> tuple[str, ...]:
@@ -239,7 +241,7 @@ def _dit_rows(pipe: Any, call: Call, previous: Tensor | None) -> tuple[str, ...]
 # by the beginning of the class name, so that image-to-image and inpainting variants share a row
 PIPELINES: dict[str, Pipeline] = {
     "StableDiffusion3": Pipeline("prompt", _sd3_rows),
-    "Flux": Pipeline("prompt", _flux_rows),
+    "Flux": Pipeline("prompt", _flux_rows, batched_cfg=False),
     "DiT": Pipeline("class_labels", _dit_rows),
 }
 
@@ -251,7 +253,7 @@ def pipeline_row(pipe: Any) -> Pipeline:
         ModelError: the class has none.
     """
     name = type(pipe).__name__
-    row = next((row for prefix, row in PIPELINES.items() if name.startswith(f"{prefix}")), None)
+    row = next((row for prefix, row in PIPELINES.items() if name.startswith(prefix)), None)
     if row is None or isinstance(pipe, nn.Module):
         raise ModelError(f"expected a diffusers pipeline of the families {', '.join(PIPELINES)}, got {name}")
     return row

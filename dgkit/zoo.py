@@ -114,11 +114,11 @@ def load(name: str, *, device: str = "cpu", dtype: torch.dtype | None = None) ->
         raise LoadError(f'device={device!r} is not available here: torch finds no GPU, use device="cpu"')
     dtype = dtype or (torch.float32 if torch_device.type == "cpu" else torch.bfloat16)
     try:
-        pipe = DiffusionPipeline.from_pretrained(source, torch_dtype=dtype)
+        pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         gated = f" (licence: {row.licence}; accept it on the hub and log in)" if row and row.source else ""
-        reason = str(error).strip().splitlines()
-        raise LoadError(f"{source} could not be loaded{gated}: {reason[0] if reason else error!r}") from error
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise LoadError(f"{source} could not be loaded{gated}: {reason}") from error
     return pipe.to(torch_device)
 
 

@@ -32,7 +32,7 @@ class Guidance:
 
     block: int
     dims: list[int]
-    scale: tuple[float | None, float | None]
+    scale: tuple[float, float]
     cost: Cost
 
 
@@ -65,21 +65,28 @@ def detail_guidance(
         DgkitError: an argument out of range, or one left out for a model that has no preset for it.
         ModelError: a pipeline dgkit cannot guide, a transformer compiled as a whole or already guided.
     """
-    pipeline_row(pipe)
+    row = pipeline_row(pipe)
     anatomy = dissect(pipe)
     if anatomy.model in _guided:
         raise ModelError("this pipeline's transformer is already guided: leave the outer `with detail_guidance` first")
-    scales = (_checked_scale(scale),) * 2
+    if scale is not None:
+        scales = (_checked_scale(scale),) * 2
     if scale is None or block is None or dims is None:
         preset = preset_of(anatomy)
         missing = [n for n, v in (("scale", scale), ("block", block), ("dims", dims)) if v is None]
         lacking = [n for n in missing if preset is None or getattr(preset, n) is None]
-        if lacking:
+        if preset is None or lacking:
             raise DgkitError(f"{', '.join(lacking)} left out, but no preset for this model states it: give a value")
-        assert preset is not None
         block = preset.block if block is None else block
         dims = preset.dims if dims is None else dims
-        scales = (preset.scale, preset.scale_with_cfg) if scale is None else scales
+        if scale is None:
+            scales = (_checked_scale(preset.scale), _checked_scale(preset.scale_with_cfg))
+            if not row.batched_cfg and scales[0] != scales[1]:
+                raise DgkitError(
+                    f"scale left out, but the preset has {scales[0]:g} alone and {scales[1]:g} beside true CFG, and "
+                    f"{type(pipe).__name__} does not tell which before its second call: give a value"
+                )
+    assert block is not None and dims is not None
     edit = make_edit(anatomy, dims, kind, seed)
     branch = Branch(anatomy, block, edit, sharing)
     row_labels = RowLabels(pipe)
@@ -116,12 +123,10 @@ def detail_guidance(
             handle.remove()
 
 
-def _checked_scale(scale: float | None) -> float | None:
-    if scale is not None and (
-        isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale) or scale < 0
-    ):
+def _checked_scale(scale: Any) -> float:
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale) or scale < 0:
         raise DgkitError(f"scale={scale!r} is not allowed: give a finite number, 0 or above")
-    return scale
+    return float(scale)
 
 
 def _prediction(output: Any) -> Tensor:

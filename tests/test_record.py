@@ -1,0 +1,307 @@
+"""`record` against tensors kept by hand; labels; memory; detection of planted channels."""
+
+import gc
+import tracemalloc
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.tiny_models import CLASSES, build, inputs, pipeline, sample
+from torch import nn
+
+import dgkit
+from dgkit.anatomy import dissect
+from dgkit.errors import DgkitError, ModelError
+from dgkit.massive import channel_ratio, matched_dims
+
+
+def block_outputs(model: nn.Module, calls: list[dict]) -> list[torch.Tensor]:
+    """Image tokens of every block, kept by hand over all calls, as a list of (images, T, C) in float64."""
+    anatomy = dissect(model)
+    kept: list[list[torch.Tensor]] = [[] for _ in anatomy.blocks]
+    handles = [
+        b.module.register_forward_hook(lambda m, a, o, b=b: kept[b.index].append(b.image(o).double()))
+        for b in anatomy.blocks
+    ]
+    with torch.no_grad():
+        for call in calls:
+            model(**call)
+    for handle in handles:
+        handle.remove()
+    return [torch.cat(k) for k in kept]
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_statistics_equal_those_of_kept_tensors(name: str) -> None:
+    model = build(name)
+    calls = [inputs(name, batch, seed) for seed, batch in enumerate((3, 1, 2))]
+    with torch.no_grad(), dgkit.record(model, ratio=1.5, track=[3, 0], keep=[1]) as trace:
+        for call in calls:
+            model(**call)
+    assert trace.labels == ["unknown"] and trace.num_images() == 6
+    for index, z in enumerate(block_outputs(model, calls)):
+        mean = z.abs().mean(1)
+        massive = z.abs() > 1.5 * mean.quantile(0.5, dim=1)[:, None, None]
+        torch.testing.assert_close(trace.mean_abs()[index], mean.mean(0), rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(trace.max_abs()[index], z.abs().amax((0, 1)), rtol=1e-6, atol=0)
+        torch.testing.assert_close(trace.token_share()[index], massive.double().mean((0, 1)), rtol=0, atol=1e-6)
+        torch.testing.assert_close(trace.tracked()[0, :, index].double(), mean[:, [3, 0]], rtol=1e-6, atol=1e-7)
+        if index == 1:
+            torch.testing.assert_close(trace.tensors(1).double(), z)
+
+
+def test_rows_of_different_timesteps_are_kept_apart() -> None:
+    model, call = build("dit"), inputs("dit", 4)
+    call["timestep"] = torch.tensor([900, 10, 900, 10])
+    with torch.no_grad(), dgkit.record(model) as trace:
+        model(**call)
+    with torch.no_grad(), dgkit.record(model) as alone:
+        model(**{k: v[1::2] for k, v in call.items()})
+    assert trace.timesteps() == [900.0, 10.0]
+    torch.testing.assert_close(trace.mean_abs(timestep=10), alone.mean_abs(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_branches_are_labelled(name: str) -> None:
+    pipe = pipeline(name)
+    with dgkit.record(pipe) as plain:
+        sample(pipe, name, guidance_scale=1.0)
+    assert plain.labels == ["cond"]
+    with dgkit.record(pipe) as cfg:
+        sample(pipe, name, guidance_scale=4.0)
+    assert sorted(cfg.labels) == ["cond", "uncond"]
+    first = max(cfg.timesteps())  # same starting noise and prompts, so the same conditional statistics
+    torch.testing.assert_close(cfg.mean_abs("cond", first), plain.mean_abs("cond", first), rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(cfg.mean_abs("uncond", first), plain.mean_abs("cond", first), rtol=1e-5)
+
+
+@pytest.mark.parametrize("inner", ["record", "guidance"])
+@pytest.mark.parametrize("sharing", ["replay", "none"])
+def test_degraded_passes_are_labelled_in_either_nesting(inner: str, sharing: str) -> None:
+    pipe = pipeline("sd3")
+    options = {"scale": 1.0, "block": 1, "dims": [3], "sharing": sharing}
+    if inner == "record":
+        with dgkit.detail_guidance(pipe, **options), dgkit.record(pipe, keep=[1]) as trace:
+            sample(pipe, "sd3", guidance_scale=4.0)
+    else:
+        with dgkit.record(pipe, keep=[1]) as trace, dgkit.detail_guidance(pipe, **options):
+            sample(pipe, "sd3", guidance_scale=4.0)
+    assert sorted(trace.labels) == ["cond", "degraded", "uncond"]
+    assert trace.timesteps("degraded") == trace.timesteps("cond")
+    cond, degraded = trace.tensors(1, "cond"), trace.tensors(1, "degraded")
+    assert (degraded[..., 3] == 0).all() and (cond[..., 3] != 0).any()
+    cond[..., 3] = 0
+    torch.testing.assert_close(degraded, cond, rtol=1e-5, atol=1e-6)
+    assert trace.mean_abs("degraded")[0].isnan().all(), "blocks before the edited one are not computed"
+    assert trace.mean_abs("degraded")[2].isfinite().all()
+    assert trace.gates("degraded")[-1].isfinite().all()
+
+
+def test_nested_records_see_the_same() -> None:
+    model, call = build("flux"), inputs("flux", 2)
+    with torch.no_grad(), dgkit.record(model) as outer, dgkit.record(model) as inner:
+        model(**call)
+    assert torch.equal(outer.mean_abs(), inner.mean_abs())
+
+
+def test_record_sees_what_disrupt_leaves_in_either_nesting() -> None:
+    model, call = build("dit"), inputs("dit", 2)
+    with torch.no_grad():
+        with dgkit.record(model) as outside, dgkit.disrupt(model, block=0, dims=[2]):
+            model(**call)
+        with dgkit.disrupt(model, block=0, dims=[2]), dgkit.record(model) as inside:
+            model(**call)
+    assert outside.mean_abs()[0, 2] == 0 and torch.equal(outside.mean_abs(), inside.mean_abs())
+
+
+def test_memory_is_that_of_the_table() -> None:
+    """200 steps more, at timesteps already seen, add nothing; tracked dims are not asked for."""
+    model = build("dit", depth=2)
+
+    def steps(count: int) -> None:
+        for step in range(count):
+            call = inputs("dit", 2, seed=step)
+            call["timestep"] = torch.full((2,), step % 20)
+            model(**call)
+
+    with torch.no_grad(), dgkit.record(model) as trace:
+        steps(40)
+        gc.collect()
+        tracemalloc.start()
+        tensors_before = sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+        before = tracemalloc.get_traced_memory()[0]
+        steps(200)
+        gc.collect()
+        grown = tracemalloc.get_traced_memory()[0] - before
+        tensors_after = sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+        tracemalloc.stop()
+    assert trace.num_images() == 480 and len(trace.timesteps()) == 20
+    assert tensors_after <= tensors_before and grown < 20_000
+
+
+def test_hooks_come_off_after_an_exception() -> None:
+    pipe = pipeline("dit")
+    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in pipe.transformer.modules())
+    with pytest.raises(RuntimeError, match="inside"), dgkit.record(pipe), dgkit.disrupt(pipe, block=0, dims=[0]):
+        raise RuntimeError("inside")
+    assert sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in pipe.transformer.modules()) == hooks
+
+
+# ------------------------------------------------------------------------------------------------------------ detection
+
+
+def planted(name: str, dims: list[int], factor: float, seed: int) -> nn.Module:
+    """A random model whose embedded image tokens carry `dims` at about `factor` times the others' magnitude."""
+    model = build(name, heads=4, depth=3, seed=seed)
+    layer = model.x_embedder if name == "flux" else model.pos_embed.proj
+    with torch.no_grad():
+        signs = torch.tensor([1.0 if d % 2 else -1.0 for d in dims])
+        layer.bias[dims] = factor * signs
+    return model
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    name=st.sampled_from(CLASSES),
+    dims=st.lists(st.integers(0, 31), min_size=1, max_size=3, unique=True),
+    factor=st.floats(40, 400),
+    seed=st.integers(0, 10_000),
+)
+def test_planted_channels_are_found_and_no_others(name: str, dims: list[int], factor: float, seed: int) -> None:
+    model = planted(name, dims, factor, seed)
+    with torch.no_grad(), dgkit.record(model) as trace:
+        model(**inputs(name, 2, seed))
+    ratios = channel_ratio(trace.mean_abs())
+    assert (ratios[:, dims] >= 10).all(), "the plant itself has to reach 10 x the median in every block"
+    found = dgkit.detect_massive(trace)
+    assert sorted(found.dims) == sorted(found.fixed_dims) == sorted(dims)
+    assert all(sorted(found.in_block(b)) == sorted(dims) for b in range(len(ratios)))
+
+
+@settings(max_examples=100, deadline=None)
+@given(name=st.sampled_from(CLASSES), seed=st.integers(0, 10_000))
+def test_nothing_is_found_where_nothing_is_planted(name: str, seed: int) -> None:
+    model = build(name, heads=4, depth=3, seed=seed)
+    with torch.no_grad(), dgkit.record(model) as trace:
+        model(**inputs(name, 2, seed))
+    assert dgkit.detect_massive(trace).dims == []
+
+
+def test_criteria_by_hand() -> None:
+    model = planted("dit", [4], 5000.0, 0)
+    with torch.no_grad(), dgkit.record(model) as trace:
+        model(**inputs("dit", 2))
+    mean, largest = trace.mean_abs(), trace.max_abs()
+    for block in range(3):
+        median = mean[block].sort().values[15:17].mean()
+        expected = [d for d in range(32) if largest[block, d] > 100 and largest[block, d] > 1000 * median]
+        assert dgkit.detect_massive(trace, "sun").in_block(block) == expected == [4]
+    top = dgkit.detect_massive(trace, "top_k", k=2)
+    assert [len(top.in_block(b)) for b in range(3)] == [2, 2, 2] and top.in_block(0)[0] == 4
+    assert list(top.table().columns) == ["block", "dim", "mean_abs", "max_abs", "ratio", "token_share"]
+
+
+def test_token_share_condition_excludes_a_channel_of_few_tokens() -> None:
+    """One token of 16 at 1,000: the channel's mean is far above the median, yet it is not massive in all tokens."""
+    model = build("dit", heads=4)
+    block = model.transformer_blocks[0]
+
+    def spike(module: nn.Module, args, output: torch.Tensor) -> torch.Tensor:
+        output[:, 0, 7] = 1000.0
+        return output
+
+    handle = block.register_forward_hook(spike)
+    with torch.no_grad(), dgkit.record(model) as trace:
+        model(**inputs("dit", 2))
+    handle.remove()
+    assert channel_ratio(trace.mean_abs())[0, 7] > 10
+    assert dgkit.detect_massive(trace).in_block(0) == []
+    assert dgkit.detect_massive(trace, share=0.05).in_block(0) == [7]
+
+
+def test_matched_dims_carry_as_much_magnitude_and_are_others() -> None:
+    model = planted("dit", [4], 3.0, 0)
+    with torch.no_grad(), dgkit.record(model) as trace:
+        model(**inputs("dit", 2))
+    dims = matched_dims(trace, 1, [4])
+    energy = trace.mean_abs()[1].square()
+    assert 4 not in dims and energy[dims].sum() >= energy[4] > energy[dims[:-1]].sum()
+
+
+def test_gates_of_the_trace_equal_the_adaln_output() -> None:
+    """alpha of DiT, from its embedding through adaLN by hand (Eq. 7)."""
+    model, call = build("dit"), inputs("dit", 2)
+    with torch.no_grad(), dgkit.record(model) as trace:
+        model(**call)
+        norm = model.transformer_blocks[1].norm1
+        embedding = norm.emb(call["timestep"], call["class_labels"], hidden_dtype=torch.float32)
+        gate_mlp = (nn.functional.silu(embedding) @ norm.linear.weight.T + norm.linear.bias).chunk(6, 1)[5]
+    gates = dgkit.residual_gates(trace)
+    torch.testing.assert_close(gates.of(1, "mlp").float(), gate_mlp.abs().mean(0))
+    torch.testing.assert_close(gates.mean[gates.rows.index((1, "mlp"))].float(), gate_mlp.mean(0))
+    assert len(gates.table()) == 3 * 2 * 16
+    agreement = dgkit.gate_agreement(trace)
+    assert set(agreement["branch"]) == {"msa", "mlp"} and agreement["rank_correlation"].between(-1, 1).all()
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"ratio": 1.0}, "ratio=1.0 is not allowed"),
+        ({"ratio": float("nan")}, "ratio=nan is not allowed"),
+        ({"ratio": "5"}, "ratio='5' is not allowed"),
+        ({"track": [99]}, "because of 99"),
+        ({"keep": [7]}, "block=7 is not allowed"),
+    ],
+)
+def test_record_refuses(options: dict, words: str) -> None:
+    with pytest.raises(DgkitError, match=words), dgkit.record(build("dit"), **options):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"criterion": "big"}, "criterion='big' is not allowed: use one of ratio, sun, top_k"),
+        ({"ratio": 0.5}, "ratio=0.5 is not allowed"),
+        ({"ratio": float("nan")}, "ratio=nan"),
+        ({"share": 1.5}, "share=1.5 is not allowed"),
+        ({"criterion": "top_k", "k": 0}, "k=0 is not allowed"),
+        ({"criterion": "top_k", "k": 17}, "integer from 1 to 16"),
+        ({"criterion": "sun", "magnitude": -1}, "magnitude=-1 is not allowed"),
+        ({"label": "uncond"}, "label='uncond' was not recorded: use one of"),
+        ({"timestep": 3}, "timestep=3 was not recorded"),
+    ],
+)
+def test_detection_refuses(options: dict, words: str) -> None:
+    model = build("dit")
+    with torch.no_grad(), dgkit.record(model) as trace:
+        model(**inputs("dit", 1))
+    with pytest.raises(DgkitError, match=words):
+        dgkit.detect_massive(trace, **options)
+
+
+def test_empty_trace_and_what_was_not_asked_for() -> None:
+    model = build("dit")
+    with dgkit.record(model) as trace:
+        pass
+    with pytest.raises(DgkitError, match="the trace is empty"):
+        dgkit.detect_massive(trace)
+    with torch.no_grad(), dgkit.record(model) as trace:
+        model(**inputs("dit", 1))
+    with pytest.raises(DgkitError, match="no dim was tracked"):
+        trace.tracked()
+    with pytest.raises(DgkitError, match="block=0 was not kept"):
+        trace.tensors(0)
+
+
+def test_record_refuses_an_unknown_pipeline() -> None:
+    class Sketch:
+        transformer = build("dit")
+
+    with pytest.raises(ModelError, match="expected a diffusers pipeline of the families"), dgkit.record(Sketch()):
+        pass

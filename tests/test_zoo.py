@@ -1,0 +1,150 @@
+"""Loading by name, folder and hub id; presets are the paper's tables; every failure is one sentence."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.tiny_models import build, pipeline, sample
+
+import dgkit
+from dgkit import paper, zoo
+from dgkit.errors import DgkitError, LoadError
+from dgkit.generate import generate
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pipelines") / "dit"
+    pipeline("dit").save_pretrained(path)
+    return path
+
+
+def test_presets_are_tables_4_and_5() -> None:
+    names = {"SD3": "sd3", "SD3.5": "sd3.5-large", "Flux": "flux-dev"}
+    for _, line in paper.table(4).iterrows():
+        row = zoo.MODELS[names[line["model"]]]
+        assert (row.blocks, row.channels) == (line["blocks"], line["hidden_size"])
+        assert list(row.preset.dims or ()) == [int(d) for d in str(line["dims"]).split()]
+        assert row.preset.block == line["depth"] - 1
+    for _, line in paper.table(5).iterrows():
+        preset = zoo.MODELS[names[line["model"]]].preset
+        assert preset.steps == line["steps"]
+        if line["type"] == "CFG":
+            assert preset.guidance_scale == line["lambda"]
+        else:
+            assert {"DG": preset.scale, "CFG+DG": preset.scale_with_cfg}[line["type"]] == line["w"]
+
+
+def test_a_users_own_pipeline_is_recognised_by_its_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = pipeline("sd3")
+    assert zoo.preset_of(pipe) is None
+    preset = zoo.Preset(1, (2, 3), 1.5, 0.5, 4.0, 28, "test")
+    row = zoo.Model("x/y", "StableDiffusion3Pipeline", "SD3Transformer2DModel", 3, 16, "none", 1.0, preset)
+    monkeypatch.setitem(zoo.MODELS, "small", row)
+    assert zoo.preset_of(pipe) is preset
+    with dgkit.detail_guidance(pipe) as guidance:
+        with_cfg = sample(pipe, "sd3", guidance_scale=4.0)
+    assert (guidance.block, guidance.dims, guidance.scale) == (1, [2, 3], (1.5, 0.5))
+    with dgkit.detail_guidance(pipe, scale=0.5, block=1, dims=[2, 3]):
+        assert torch.equal(sample(pipe, "sd3", guidance_scale=4.0), with_cfg)
+    with dgkit.detail_guidance(pipe):
+        alone = sample(pipe, "sd3")
+    with dgkit.detail_guidance(pipe, scale=1.5, block=1, dims=[2, 3]):
+        assert torch.equal(sample(pipe, "sd3"), alone)
+
+
+def test_flux_needs_the_scale_because_its_first_call_cannot_know_of_cfg(monkeypatch: pytest.MonkeyPatch) -> None:
+    preset = zoo.Preset(1, (2,), 4.0, 2.0, 3.5, 50, "test")
+    row = zoo.Model("x/y", "FluxPipeline", "FluxTransformer2DModel", 5, 16, "none", 1.0, preset)
+    monkeypatch.setitem(zoo.MODELS, "small", row)
+    with pytest.raises(DgkitError, match="4 alone and 2 beside true CFG"), dgkit.detail_guidance(pipeline("flux")):
+        pass
+
+
+def test_load_folder(folder: Path) -> None:
+    pipe = dgkit.load(str(folder))
+    assert type(pipe).__name__ == "DiTPipeline" and pipe.transformer.dtype == torch.float32
+    assert dgkit.load(folder, dtype=torch.bfloat16).transformer.dtype == torch.bfloat16
+    own = build("dit").state_dict()
+    assert all(torch.equal(v, own[k]) for k, v in pipe.transformer.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["", None, 5])
+def test_load_refuses_what_is_no_name(name: Any) -> None:
+    with pytest.raises(LoadError, match="is not allowed: give a name"):
+        dgkit.load(name)
+
+
+@pytest.mark.parametrize("name", ["sd4", "./missing", "/nowhere/at/all", "a/b/c"])
+def test_load_refuses_unknown_names(name: str) -> None:
+    with pytest.raises(LoadError, match=r"is unknown: use tiny-dit, sd3, .* a pipeline folder or a hub id"):
+        dgkit.load(name)
+
+
+def test_load_refuses_a_folder_without_a_pipeline(tmp_path: Path) -> None:
+    with pytest.raises(LoadError, match=r"is not a diffusers pipeline folder: it has no model_index.json"):
+        dgkit.load(str(tmp_path))
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "missing", "config"])
+def test_load_refuses_broken_weights(folder: Path, tmp_path: Path, damage: str) -> None:
+    import shutil
+
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    weights = broken / "transformer" / "diffusion_pytorch_model.safetensors"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "garbage":
+        weights.write_bytes(b"not a safetensors file")
+    elif damage == "missing":
+        weights.unlink()
+    else:
+        (broken / "transformer" / "config.json").write_text("{")
+    with pytest.raises(LoadError, match="could not be loaded"):
+        dgkit.load(str(broken))
+
+
+def test_load_refuses_an_unknown_or_absent_device(folder: Path) -> None:
+    with pytest.raises(LoadError, match="device='gpu' is not allowed"):
+        dgkit.load(str(folder), device="gpu")
+    if not torch.cuda.is_available():
+        with pytest.raises(LoadError, match="torch finds no GPU"):
+            dgkit.load(str(folder), device="cuda")
+
+
+def test_gated_models_say_what_to_do_without_access(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise OSError("401 Client Error: access to model is restricted\nlong trace")
+
+    monkeypatch.setattr(zoo.DiffusionPipeline, "from_pretrained", refuse)
+    with pytest.raises(LoadError, match=r"accept it on the hub and log in\): 401 Client Error"):
+        dgkit.load("sd3")
+
+
+def test_generate_depends_on_the_seed_of_each_image_alone() -> None:
+    pipe = pipeline("dit")
+    images = generate(pipe, [1, 2, 3], [7, 8, 9], num_inference_steps=2, guidance_scale=4.0, batch_size=2)
+    assert images.shape == (3, 16, 16, 3) and images.dtype == "uint8"
+    alone = generate(pipe, [2], [8], num_inference_steps=2, guidance_scale=4.0)
+    assert abs(images[1].astype(int) - alone[0]).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"seeds": [1]}, "one seed per condition, got 2 conditions and 1 seeds"),
+        ({"conditions": []}, "got 0 conditions"),
+        ({"conditions": "a prompt"}, "one seed per condition"),
+        ({"num_inference_steps": 0}, "num_inference_steps=0 is not allowed"),
+        ({"num_inference_steps": 2.5}, "num_inference_steps=2.5 is not allowed"),
+        ({"batch_size": 0}, "batch_size=0 is not allowed"),
+        ({"guidance_scale": 0.5}, "guidance_scale=0.5 is not allowed"),
+        ({"guidance_scale": float("nan")}, "guidance_scale=nan is not allowed"),
+    ],
+)
+def test_generate_refuses(change: dict[str, Any], words: str) -> None:
+    arguments = {"conditions": [1, 2], "seeds": [1, 2], "num_inference_steps": 2} | change
+    with pytest.raises(DgkitError, match=words):
+        generate(pipeline("dit"), **arguments)
