@@ -1,10 +1,25 @@
 """Massive activations in diffusion transformers: record, disrupt, guide. A companion to arXiv 2510.11538."""
 
-from dgkit.gates import gate_agreement, residual_gates
-from dgkit.guidance import detail_guidance
-from dgkit.hooks import disrupt, record
-from dgkit.massive import detect_massive
-from dgkit.zoo import load
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dgkit.gates import gate_agreement, residual_gates
+    from dgkit.guidance import detail_guidance
+    from dgkit.hooks import disrupt, record
+    from dgkit.massive import detect_massive
+    from dgkit.zoo import load
+
+# imported on first use: torch and diffusers take seconds, and `dgkit --help` needs neither
+_HOMES = {
+    "detail_guidance": "guidance",
+    "detect_massive": "massive",
+    "disrupt": "hooks",
+    "gate_agreement": "gates",
+    "load": "zoo",
+    "record": "hooks",
+    "residual_gates": "gates",
+}
 
 __all__ = [
     "detail_guidance",
@@ -15,3 +30,9 @@ __all__ = [
     "record",
     "residual_gates",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(f"dgkit.{_HOMES[name]}"), name)
+    raise AttributeError(f"module 'dgkit' has no attribute {name!r}")

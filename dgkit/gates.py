@@ -56,8 +56,8 @@ def residual_gates(trace: Trace, *, label: str | None = None, timestep: float | 
 def gate_agreement(trace: Trace, *, label: str | None = None) -> pd.DataFrame:
     """Does alpha's pattern over channels predict that of z? (Fig. 4a: "the scaling factor governs the pattern".)
 
-    Per (block, branch): Spearman's rank correlation between mean |alpha| and mean |z| of the same block's output, whether
-    the largest channel is the same, and the rank (1 = largest) that z's largest channel has in |alpha|.
+    Per (block, branch): Spearman's rank correlation between mean |alpha| and mean |z| of the same block's output,
+    whether the largest channel is the same, and the rank (1 = largest) that z's largest channel has in |alpha|.
     """
     gates = residual_gates(trace, label=label)
     magnitude = trace.mean_abs(label)

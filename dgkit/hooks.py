@@ -215,9 +215,7 @@ class Trace:
 
 
 @contextmanager
-def record(
-    target: Any, *, ratio: float = 5.0, track: Sequence[int] = (), keep: Sequence[int] = ()
-) -> Iterator[Trace]:
+def record(target: Any, *, ratio: float = 5.0, track: Sequence[int] = (), keep: Sequence[int] = ()) -> Iterator[Trace]:
     """Record the block outputs and residual gates of every pass inside the `with`.
 
     Args:

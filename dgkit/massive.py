@@ -64,11 +64,11 @@ def detect_massive(
     """Find the massive channels of every block.
 
     Criteria:
-        "ratio": mean |z| of the channel exceeds `ratio` times the median over the block's channels, and at least `share`
-            of the image tokens are massive in it (with the trace's own token ratio). The paper's claim is about channels
-            that are massive in *all* tokens, and gives no threshold.
-        "sun": the thresholds of Sun et al. 2024 for single activations, max |z| > `magnitude` and > `relative` times the
-            median; the median here is the one over channels of mean |z|.
+        "ratio": mean |z| of the channel exceeds `ratio` times the median over the block's channels, and at least
+            `share` of the image tokens are massive in it (with the trace's own token ratio). The paper's claim is about
+            channels that are massive in *all* tokens, and gives no threshold.
+        "sun": the thresholds of Sun et al. 2024 for single activations, max |z| > `magnitude` and > `relative` times
+            the median; the median here is the one over channels of mean |z|.
         "top_k": the `k` channels of largest mean |z|, massive or not.
 
     Args:

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tests.tiny_models import CLASSES, build, inputs
 from torch import nn
 
 from dgkit.anatomy import Call, dissect, select_rows
 from dgkit.errors import DgkitError, ModelError
+from tests.tiny_models import CLASSES, build, inputs
 
 
 @pytest.mark.parametrize("name", CLASSES)
@@ -112,7 +112,9 @@ def test_compiled_blocks_are_accepted() -> None:
 
 def test_select_rows_cuts_batched_tensors_and_copies_dicts() -> None:
     shared = {"scale": 1.0}
-    args, kwargs = select_rows((torch.arange(4),), {"temb": torch.ones(4, 2), "k": shared, "n": None}, torch.tensor([2, 3]), 4)
+    args, kwargs = select_rows(
+        (torch.arange(4),), {"temb": torch.ones(4, 2), "k": shared, "n": None}, torch.tensor([2, 3]), 4
+    )
     assert args[0].tolist() == [2, 3] and kwargs["temb"].shape == (2, 2)
     assert kwargs["k"] == shared and kwargs["k"] is not shared and kwargs["n"] is None
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.tiny_models import CLASSES, build, inputs, pipeline, prompts, sample
 from torch import Tensor, nn
 
 import dgkit
@@ -14,6 +13,7 @@ from dgkit.anatomy import dissect
 from dgkit.errors import DgkitError, ModelError
 from dgkit.guidance import Branch
 from dgkit.hooks import Edit, make_edit
+from tests.tiny_models import CLASSES, build, inputs, pipeline, prompts, sample
 
 
 def zeroed(model: nn.Module, block: int, dims: list[int], **call: Any) -> Tensor:
@@ -258,7 +258,10 @@ def test_compiled_transformer_is_refused(way: str) -> None:
         pipe.transformer = torch.compile(pipe.transformer)
     else:
         pipe.transformer.compile()
-    with pytest.raises(ModelError, match="compiled as a whole"), dgkit.detail_guidance(pipe, scale=1.0, block=0, dims=[1]):
+    with (
+        pytest.raises(ModelError, match="compiled as a whole"),
+        dgkit.detail_guidance(pipe, scale=1.0, block=0, dims=[1]),
+    ):
         pass
 
 
@@ -295,7 +298,10 @@ def test_detail_guidance_refuses(options: dict[str, Any], words: str) -> None:
 
 def test_bare_transformers_and_nesting_are_refused() -> None:
     pipe, options = pipeline("dit"), {"scale": 1.0, "block": 0, "dims": [1]}
-    with pytest.raises(ModelError, match="expected a diffusers pipeline"), dgkit.detail_guidance(pipe.transformer, **options):
+    with (
+        pytest.raises(ModelError, match="expected a diffusers pipeline"),
+        dgkit.detail_guidance(pipe.transformer, **options),
+    ):
         pass
     with dgkit.detail_guidance(pipe, **options):  # noqa: SIM117
         with pytest.raises(ModelError, match="already guided"), dgkit.detail_guidance(pipe, **options):
@@ -307,7 +313,10 @@ def test_bare_transformers_and_nesting_are_refused() -> None:
 def test_skip_guidance_layers_are_refused() -> None:
     pipe = pipeline("sd3")
     pipe.set_progress_bar_config(disable=True)
-    with pytest.raises(ModelError, match="skip_guidance_layers"), dgkit.detail_guidance(pipe, scale=1.0, block=0, dims=[1]):
+    with (
+        pytest.raises(ModelError, match="skip_guidance_layers"),
+        dgkit.detail_guidance(pipe, scale=1.0, block=0, dims=[1]),
+    ):
         pipe(**prompts("sd3", 1), num_inference_steps=4, guidance_scale=4.0, skip_guidance_layers=[1], output_type="latent",
              skip_layer_guidance_start=0.0, skip_layer_guidance_stop=1.0)  # fmt: skip
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.tiny_models import CLASSES, build, inputs, pipeline, sample
 from torch import nn
 
 import dgkit
 from dgkit.anatomy import dissect
 from dgkit.errors import DgkitError, ModelError
 from dgkit.massive import channel_ratio, matched_dims
+from tests.tiny_models import CLASSES, build, inputs, pipeline, sample
 
 
 def block_outputs(model: nn.Module, calls: list[dict]) -> list[torch.Tensor]:

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-from tests.tiny_models import build, pipeline, sample
 
 import dgkit
 from dgkit import paper, zoo
 from dgkit.errors import DgkitError, LoadError
 from dgkit.generate import generate
+from tests.tiny_models import build, pipeline, sample
 
 
 @pytest.fixture(scope="module")

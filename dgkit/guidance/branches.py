@@ -1,4 +1,4 @@
-"""The branch engine: a second pass that differs from the first only after one block, sharing what the two have in common."""
+"""The branch engine: a second pass that differs from the first only after one block shares all before it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -38,8 +38,8 @@ class Branch:
 
     Sharing:
         "replay": the first pass keeps the output of `block`; in the degraded pass the blocks up to it return at once,
-            `block` with the edited copy. Extra memory: that one output (and one per earlier stack of blocks). For the same
-            batch rows the result is bitwise that of "none".
+            `block` with the edited copy. Extra memory: that one output (and one per earlier stack of blocks). For the
+            same batch rows the result is bitwise that of "none".
         "none": a full second pass, the reference.
     """
 
@@ -67,13 +67,11 @@ class Branch:
             stack.callback(self._kept.clear)
             yield
 
-    def degraded(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: list[int], timesteps: list[float]
-    ) -> Any:
+    def degraded(self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: list[int], timesteps: list[float]) -> Any:
         """The degraded output for `rows` of the transformer call (args, kwargs) that has just been made.
 
-        Calls `transformer.forward`, past the transformer's own hooks; `timesteps` (one per row of the full batch) are for
-        the records.
+        Calls `transformer.forward`, past the transformer's own hooks; `timesteps` (one per row of the full batch) are
+        for the records.
         """
         batch, picked = len(timesteps), torch.tensor(rows)
         args, kwargs = select_rows(args, kwargs, picked, batch)

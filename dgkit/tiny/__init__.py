@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from diffusers import AutoencoderKL
 
 from dgkit.errors import DgkitError
 from dgkit.tiny import classifier, data, dit
+from dgkit.tiny.loop import Schedule
 
 
 def train(name: str, folder: Path) -> None:
@@ -61,8 +63,8 @@ def _train_dit(recipe_file: Path, folder: Path, model: Path) -> None:
 
 
 def _train_classifier(recipe_file: Path, folder: Path, model: Path) -> None:
-    recipe = classifier.Recipe.read(recipe_file)
-    classifier.save_classifier(classifier.train_classifier(recipe, folder / "classifier"), model)
+    schedule = Schedule(**tomllib.loads(recipe_file.read_text())["schedule"])
+    classifier.save_classifier(classifier.train_classifier(schedule, folder / "classifier"), model)
 
 
 def _build_once(result: Path, build: Callable[[Path], object]) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dgkit.errors import LoadError
+from dgkit.generate import generate
 from dgkit.hooks import record
 from dgkit.massive import channel_ratio
 from dgkit.tiny import data
@@ -22,8 +23,8 @@ from dgkit.tiny.dit import encode, to_rgb
 from dgkit.tiny.loop import device
 
 PSNR_BAR, AGREEMENT_BAR, RATIO_BAR = 28.0, 0.85, 8.0
-SAMPLES = 1000
 CLASSES = len(data.FASHION_MNIST_CLASSES)
+SAMPLES, SHEET = 1000, 10 * CLASSES
 
 
 def measure(run: Path, *, guidance_scale: float = 4.0, steps: int = 50) -> dict[str, Any]:
@@ -46,11 +47,12 @@ def measure(run: Path, *, guidance_scale: float = 4.0, steps: int = 50) -> dict[
     if not (folder / "training.json").is_file():
         raise LoadError(f"run={str(run)!r} is not allowed: it holds no finished training (no model/training.json)")
     pipe = DiffusionPipeline.from_pretrained(folder).to(device())
-    pipe.set_progress_bar_config(disable=True)
     judge = load_classifier().to(device())
-    labels = torch.arange(SAMPLES) % CLASSES
-    unguided = draw(pipe, labels, 1.0, steps)
-    guided = draw(pipe, labels, guidance_scale, steps)
+    labels = np.arange(SAMPLES) % CLASSES
+    unguided, guided = (
+        generate(pipe, labels.tolist(), range(SAMPLES), num_inference_steps=steps, guidance_scale=scale, batch_size=100)
+        for scale in (1.0, guidance_scale)
+    )
     real, _ = data.fashion_mnist("test")
     quality = {
         "bytes": sum(file.stat().st_size for file in folder.rglob("*.safetensors")),
@@ -71,24 +73,9 @@ def measure(run: Path, *, guidance_scale: float = 4.0, steps: int = 50) -> dict[
         "diffusers": diffusers.__version__,
     }
     (folder / "quality.json").write_text(json.dumps(quality, indent=2) + "\n")
-    contact_sheet(guided[: 10 * CLASSES]).save(folder / "samples.png", optimize=True)
+    contact_sheet(guided[:SHEET]).save(folder / "samples.png", optimize=True)
     write_card(folder, json.loads((folder / "training.json").read_text()), quality)
     return quality
-
-
-def draw(pipe: DiTPipeline, labels: Tensor, guidance_scale: float, steps: int) -> np.ndarray:
-    """One uint8 sample (28, 28, 3) per class label; sample i starts from the noise of seed i."""
-    images = []
-    for seeds in torch.arange(len(labels)).split(100):
-        output = pipe(
-            class_labels=labels[seeds].tolist(),
-            guidance_scale=guidance_scale,
-            num_inference_steps=steps,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds.tolist()],
-            output_type="np",
-        )
-        images.append((output.images * 255).round().astype(np.uint8))
-    return np.concatenate(images)
 
 
 @torch.no_grad()
@@ -139,9 +126,8 @@ def massive_over_training(pipe: DiTPipeline, snapshots: Path) -> list[dict[str, 
         with record(pipe.transformer) as trace:
             for time, noise_at_time in zip(times, noise, strict=True):
                 timestep = time.expand(len(latents))
-                pipe.transformer(
-                    pipe.scheduler.add_noise(latents, noise_at_time, timestep), timestep, labels.to(latents.device)
-                )
+                noisy = pipe.scheduler.add_noise(latents, noise_at_time, timestep)
+                pipe.transformer(noisy, timestep=timestep, class_labels=labels.to(latents.device))
         ratio, dim = channel_ratio(trace.mean_abs()).max(1)
         rows.append({"step": _step(file), "ratio": [round(r, 2) for r in ratio.tolist()], "dim": dim.tolist()})
     return rows
@@ -152,7 +138,7 @@ def _step(snapshot: Path) -> int:
 
 
 def contact_sheet(images: np.ndarray, *, zoom: int = 3, gap: int = 2, margin: int = 84) -> Image.Image:
-    """A row per class, named, of uint8 samples (N, 28, 28, 3) in class order 0, 1, ..., 9, 0, 1, ...; pixels repeated."""
+    """A row per class, named, of uint8 samples (N, 28, 28, 3) in class order 0, 1, ..., 9, 0, 1, ..."""
     side = images.shape[1] * zoom + gap
     sheet = Image.new("RGB", (margin + len(images) // CLASSES * side, CLASSES * side), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
@@ -197,19 +183,38 @@ def write_card(folder: Path, training: dict[str, Any], quality: dict[str, Any]) 
     peak = max(last["ratio"])
     fixed, blocks_with_it = Counter(last["dim"]).most_common(1)[0]
     blocks = range(len(last["ratio"]))
-    ratios = [
-        _row("step", *(f"block {b}" for b in blocks)),
-        _row(*["---:"] * (len(blocks) + 1)),
-        *(
-            _row(row["step"], *(f"{r:.1f} ({d})" for r, d in zip(row["ratio"], row["dim"], strict=True)))
-            for row in quality["massive"]
+    guidance = f"guidance scale {quality['guidance_scale']:g}, {quality['steps']} steps"
+    measured: list[tuple[str, ...]] = [
+        ("", "measured", "bar", ""),
+        (
+            f"PSNR of the autoencoder, mean over {quality['psnr_images']:,} test images",
+            f"{quality['psnr_db']:.2f} dB",
+            f"{PSNR_BAR:g} dB",
+            _verdict(quality["psnr_db"] >= PSNR_BAR),
         ),
+        (
+            f"samples that the classifier assigns to their class, {guidance}",
+            f"{quality['agreement']:.1%}",
+            f"{AGREEMENT_BAR:.0%}",
+            _verdict(quality["agreement"] >= AGREEMENT_BAR),
+        ),
+        ("the same without classifier-free guidance", f"{quality['agreement_without_cfg']:.1%}", "", ""),
+        (
+            "largest channel over its block's median, last snapshot",
+            f"{peak:.1f}",
+            f"{RATIO_BAR:g}",
+            _verdict(peak >= RATIO_BAR),
+        ),
+    ]
+    ratios = [("step", *(f"block {b}" for b in blocks))] + [
+        (f"{row['step']:,}", *(f"{r:.1f} ({d})" for r, d in zip(row["ratio"], row["dim"], strict=True)))
+        for row in quality["massive"]
     ]
     card = f"""# tiny-dit
 
 A small latent, class-conditional diffusion transformer in the classes of the real one: `DiTTransformer2DModel`,
-`AutoencoderKL` and `DDIMScheduler` in a `DiTPipeline`. 28 x 28 images of ten classes of clothing. It is trained, not
-planted: the massive activations in it came from training alone.
+`AutoencoderKL` and `DDIMScheduler` in a `DiTPipeline`. 28 x 28 images of ten classes of clothing. Nothing in it
+is planted: whatever its activations do came from training alone.
 
 ```python
 from diffusers import DiffusionPipeline
@@ -219,11 +224,9 @@ images = pipe(pipe.get_label_ids(["sneaker", "coat"]), guidance_scale={quality["
 num_inference_steps={quality["steps"]}).images
 ```
 
-![{10} samples of each class](samples.png)
+![ten samples of each class](samples.png)
 
-Samples with guidance scale {quality["guidance_scale"]:g}, {quality["steps"]} steps, seeds 0 to {
-        10 * CLASSES - 1
-    }; none left out.
+{guidance.capitalize()}, seeds 0 to {SHEET - 1}, none left out.
 
 ## Data and recipe
 
@@ -231,55 +234,27 @@ Data: {training["data"]}; its training split only. Grey pixels are repeated to t
 The whole recipe is `tiny-dit.toml` beside this card; `dgkit tiny train tiny-dit` repeats it. Weights: \
 {quality["bytes"] / 1e6:.1f} MB of safetensors in bfloat16.
 
-{_networks(training)}
+{_table(_networks(training))}
 
 ## Measured quality
 
-{_row("", "measured", "bar", "")}
-{_row("---", "---:", "---:", "---")}
-{
-        _row(
-            f"PSNR of the autoencoder, {quality['psnr_images']:,} test images",
-            f"{quality['psnr_db']:.2f} dB",
-            f"{PSNR_BAR:g} dB",
-            _verdict(quality["psnr_db"] >= PSNR_BAR),
-        )
-    }
-{
-        _row(
-            f"samples that the classifier assigns to their class, guidance scale {quality['guidance_scale']:g}",
-            f"{quality['agreement']:.1%}",
-            f"{AGREEMENT_BAR:.0%}",
-            _verdict(quality["agreement"] >= AGREEMENT_BAR),
-        )
-    }
-{_row("the same without classifier-free guidance", f"{quality['agreement_without_cfg']:.1%}", "", "")}
-{
-        _row(
-            "largest channel over its block's median, last snapshot",
-            f"{peak:.1f}",
-            f"{RATIO_BAR:g}",
-            _verdict(peak >= RATIO_BAR),
-        )
-    }
+{_table(measured)}
 
-{quality["samples"]:,} samples of balanced classes, {
-        quality["steps"]
-    } steps, sample i from the noise of seed i, judged by
-`fashion-classifier`, which never saw a sample. By class: {_by_class(quality["agreement_of_class"])}.
+{quality["samples"]:,} samples of balanced classes, sample i from the noise of seed i, judged by `fashion-classifier`,
+which never saw a sample. With guidance, by class: {_by_class(quality["agreement_of_class"])}.
 
 ## Massive activations over training
 
-Mean |z| of the block's largest channel over that of its median channel (and which channel that is), after so many steps:
-averaged weights, 100 noised test images, ten timesteps. In the last snapshot channel {fixed} is the largest in \
-{blocks_with_it} of {len(blocks)} blocks.
+Mean |z| of the block's largest channel over that of its median channel (and which channel that is), after so many steps
+of training: averaged weights, 100 noised test images, ten timesteps. In the last snapshot, channel {fixed} is
+the largest in {blocks_with_it} of {len(blocks)} blocks.
 
-{chr(10).join(ratios)}
+{_table(ratios)}
 
 ## Limits
 
-* Only the noise half of the output is trained. The learned-sigma half stays exactly zero, as initialised, so samplers that
-  use it (DDPM with learned variance) do not work; DDIM does not use it.
+* Only the noise half of the output is trained. The learned-sigma half stays exactly zero, as initialised, so samplers
+  that use it (DDPM with learned variance) do not work; DDIM does not use it.
 * Ten labels, 0 to 9, and the null label 1000; the other rows of the label tables are zero and mean nothing.
 * 28 x 28 grey images: what holds here need not hold for large models.
 
@@ -306,33 +281,32 @@ Accuracy on the {quality["test_images"]:,} images of the real test set: {quality
 By class: {_by_class(quality["accuracy_of_class"])}.
 
 Data: {training["data"]}; its training split only, never a generated image.
-The whole recipe is `fashion-classifier.toml` beside this card; `dgkit tiny train fashion-classifier` repeats it. Weights:
-{quality["bytes"] / 1e3:.0f} kB of safetensors in float16, loaded as float32.
+The whole recipe is `fashion-classifier.toml` beside this card; `dgkit tiny train fashion-classifier` repeats it. \
+Weights: {quality["bytes"] / 1e3:.0f} kB of safetensors in float16, loaded as float32.
 
-{_networks(training)}
+{_table(_networks(training))}
 
 Licence: MIT, as the data.
 """
     (folder / "README.md").write_text(card)
 
 
-def _networks(training: dict[str, Any]) -> str:
-    """The table of what each network's training took."""
-    columns = {
-        "parameters": lambda n: f"{n['parameters']:,}",
-        "steps": lambda n: f"{n['steps']:,}",
-        "batch": lambda n: n["batch"],
-        "time": lambda n: f"{n['seconds'] / 60:.0f} min",
-        "device": lambda n: f"{n['device']}, {n['threads']} thread(s)" if n["device"] == "CPU" else n["device"],
-        "mean loss of the last 100 steps": lambda n: f"{n['mean_loss_of_last_100_steps']:.4f}",
-        "torch": lambda n: n["torch"],
-    }
-    rows = [_row(name, *(column(n) for column in columns.values())) for name, n in training["networks"].items()]
-    return "\n".join([_row("network", *columns), _row(*["---"] * (len(columns) + 1)), *rows])
+def _networks(training: dict[str, Any]) -> list[tuple[str, ...]]:
+    """What each network's training took."""
+    rows: list[tuple[str, ...]] = [
+        ("network", "parameters", "steps", "batch", "time", "device", "mean loss of the last 100 steps", "torch")
+    ]
+    for name, n in training["networks"].items():
+        place = f"CPU, {n['threads']} thread(s)" if n["device"] == "CPU" else n["device"]
+        facts = (f"{n['parameters']:,}", f"{n['steps']:,}", f"{n['batch']}", f"{n['seconds'] / 60:.0f} min")
+        rows.append((name, *facts, place, f"{n['mean_loss_of_last_100_steps']:.4f}", n["torch"]))
+    return rows
 
 
-def _row(*cells: object) -> str:
-    return f"| {' | '.join(str(cell) for cell in cells)} |"
+def _table(rows: list[tuple[str, ...]]) -> str:
+    """A Markdown table; the first row is its head."""
+    head, *body = (f"| {' | '.join(row)} |" for row in rows)
+    return "\n".join([head, "|" + " --- |" * len(rows[0]), *body])
 
 
 def _verdict(met: bool) -> str:

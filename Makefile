@@ -1,0 +1,34 @@
+# make book   the book: _build/html/index.html
+# make test   every check
+# A Python other than python3:  make book PYTHON=python3.11
+
+PYTHON ?= python3
+EXTRAS := book,test,reference
+BIN := .venv/bin
+ENVIRONMENT := .venv/installed
+
+# idle OpenMP threads must not spin; "python3" kernels are this environment's, whatever the user has registered
+export OMP_WAIT_POLICY := PASSIVE
+export JUPYTER_PREFER_ENV_PATH := 1
+
+.PHONY: book test clean
+
+book: $(ENVIRONMENT)
+	$(BIN)/dgkit book execute
+	$(BIN)/jupyter-book build . --all -W -n --keep-going
+
+test: $(ENVIRONMENT)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest tests
+	$(BIN)/pytest notebooks --nbval-lax --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg
+	$(BIN)/dgkit results check
+
+$(ENVIRONMENT): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -c constraints.txt -e '.[$(EXTRAS)]'
+	touch $@
+
+clean:
+	rm -rf _build .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""What changes in the images: spectra and sharpness without a network, and scores on a network's features or logits."""

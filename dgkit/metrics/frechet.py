@@ -1,0 +1,44 @@
+"""Distance between two sets of features as between two Gaussians."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dgkit.errors import DgkitError
+
+
+def frechet_distance(features_a: Any, features_b: Any) -> float:
+    """Frechet distance of two samples' Gaussians (Heusel et al. 2017): means m, covariances C, in float64.
+
+    |m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)). The trace of the root is taken from the symmetric
+    C_a^(1/2) C_b C_a^(1/2), whose eigenvalues are those of C_a C_b, so it stays real when there are fewer samples than
+    features. The estimate is biased upwards at small N: compare only sets of equal size. It is called FID only on
+    Inception features of 50,000 samples.
+
+    Args:
+        features_a: (N_a, features), NumPy or CPU tensor.
+        features_b: (N_b, features).
+
+    Raises:
+        DgkitError: fewer than 2 samples, different widths, or features that are not finite.
+    """
+    a, b = _checked(features_a, "features_a"), _checked(features_b, "features_b")
+    if a.shape[1] != b.shape[1]:
+        raise DgkitError(f"features_a has {a.shape[1]} features and features_b {b.shape[1]}: they must agree")
+    covariance_a, covariance_b = (np.atleast_2d(np.cov(x, rowvar=False)) for x in (a, b))
+    values, vectors = np.linalg.eigh(covariance_a)
+    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    product = np.linalg.eigvalsh(root @ covariance_b @ root)
+    shift = a.mean(axis=0) - b.mean(axis=0)
+    trace = np.trace(covariance_a) + np.trace(covariance_b) - 2 * np.sqrt(product.clip(0)).sum()
+    return max(0.0, float(shift @ shift + trace))
+
+
+def _checked(features: Any, name: str) -> NDArray[np.float64]:
+    array = np.asarray(features, dtype=np.float64)
+    if array.ndim != 2 or array.shape[0] < 2 or array.shape[1] < 1:
+        raise DgkitError(f"{name} has shape {array.shape}: (samples, features) with at least 2 samples is needed")
+    if not np.isfinite(array).all():
+        raise DgkitError(f"{name} holds values that are not finite")
+    return array
