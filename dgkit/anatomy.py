@@ -147,9 +147,8 @@ def dissect(target: Any) -> Anatomy:
             compiled as a whole (a compiled module ignores hooks that are added later; compile its blocks instead).
     """
     model = getattr(target, "transformer", target)
-    if isinstance(model, torch._dynamo.eval_frame.OptimizedModule) or (
-        isinstance(model, nn.Module) and model._compiled_call_impl is not None
-    ):
+    # torch.compile(model) wraps the module as `_orig_mod`; model.compile() sets `_compiled_call_impl`
+    if isinstance(model, nn.Module) and (hasattr(model, "_orig_mod") or model._compiled_call_impl is not None):
         raise ModelError(
             "the transformer is compiled as a whole, which ignores hooks added later: use the uncompiled transformer, "
             "or compile block by block (`for block in transformer.transformer_blocks: block.compile()`)"

@@ -1,27 +1,31 @@
 """What the notebooks measure: one function per experiment of the paper, from a pipeline to plain numbers."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
+from scipy.stats import spearmanr
 
-from dgkit import stats
+from dgkit import paper, stats
 from dgkit.anatomy import dissect, pipeline_row
 from dgkit.errors import DgkitError
+from dgkit.gates import gate_agreement
 from dgkit.generate import generate
 from dgkit.guidance import detail_guidance
 from dgkit.hooks import Trace, disrupt, record
-from dgkit.massive import detect_massive
+from dgkit.massive import Massive, channel_ratio, detect_massive
 from dgkit.metrics.classifier import agreement, fashion_classifier, inception_score
-from dgkit.metrics.frechet import frechet_distance
+from dgkit.metrics.features import efficientnet_features
+from dgkit.metrics.frechet import frechet_distance, frechet_distance_to
 from dgkit.metrics.precision_recall import precision_recall
 from dgkit.metrics.spectrum import band_error, high_frequency_energy, sharpness
 from dgkit.paths import DATA
 from dgkit.stats import Interval
+from dgkit.tiny.data import FASHION_MNIST_CLASSES, as_samples, fashion_mnist
 from dgkit.zoo import preset_of
 
 Images = NDArray[np.uint8]
@@ -49,6 +53,10 @@ class Samples:
         """Generate them, (N, H, W, 3); `guidance_scale` overrides the run's own."""
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
         return generate(pipe, self.conditions, self.seeds, num_inference_steps=self.steps, guidance_scale=scale)
+
+    def first(self, count: int) -> "Samples":
+        """The same run with its first `count` images only."""
+        return replace(self, conditions=self.conditions[:count], seeds=self.seeds[:count])
 
 
 def samples(pipe: Any, count: int, seed: int, steps: int, guidance_scale: float = 1.0) -> Samples:
@@ -98,6 +106,42 @@ def observe(pipe: Any, run: Samples, *, track: Sequence[int] = (), keep: Sequenc
     return trace
 
 
+# ---------------------------------------------------------------------------------------- section 4.1: where they are
+
+
+def layer_values(trace: Trace, massive: Massive, threshold: float) -> dict[str, Any]:
+    """What Fig. 2 and 3(a) show, as numbers: how many blocks have massive channels, at which dims, on how many tokens."""
+    ratios = channel_ratio(trace.mean_abs())
+    block, dim = divmod(int(ratios.argmax()), trace.anatomy.channels)
+    return {
+        "blocks": len(ratios),
+        "threshold": threshold,
+        "blocks_with_massive": int(massive.rows["block"].nunique()),
+        "massive_dims": massive.dims,
+        "fixed_dims": massive.fixed_dims,
+        "largest.block": block,
+        "largest.dim": dim,
+        "largest.ratio": float(ratios[block, dim]),
+        "largest.token_share": float(trace.token_share()[block, dim]),
+        "largest_ratio_by_block": ratios.amax(1),
+        "mean_abs": trace.mean_abs(),
+    }
+
+
+def token_maps(pipe: Any, run: Samples, block: int, dim: int, count: int = 6) -> NDArray[np.float64]:
+    """|z| of one channel in each image token at the last step, for the first images, (count, h, w) on the token grid.
+
+    Raises:
+        DgkitError: the image tokens do not form a square.
+    """
+    trace = observe(pipe, run.first(count), keep=[block])
+    tokens = trace.tensors(block, timestep=trace.timesteps()[-1])[..., dim].abs().float().numpy()
+    side = int(np.sqrt(tokens.shape[1]))
+    if side * side != tokens.shape[1]:
+        raise DgkitError(f"{tokens.shape[1]} image tokens do not form a square: sample square images")
+    return tokens.reshape(len(tokens), side, side)
+
+
 # ------------------------------------------------------------------------------- section 4.1: timestep against text
 
 
@@ -109,10 +153,25 @@ def timestep_shares(trace: Trace, conditions: Sequence[Any], block: int) -> dict
     return {dim: stats.variance_explained(values[:, :, i].T, labels) for i, dim in enumerate(trace.track)}
 
 
-def time_trend(trace: Trace, block: int) -> dict[int, Interval]:
-    """For each tracked dim, mean |z| at the last step (least noise) over that at the first, over images."""
-    values = trace.tracked()[:, :, block].numpy()
-    return {dim: stats.bootstrap(values[-1, :, i] / values[0, :, i]) for i, dim in enumerate(trace.track)}
+def timestep_values(trace: Trace, conditions: Sequence[Any], block: int) -> dict[str, Any]:
+    """What Fig. 4 shows, as numbers, for the first tracked dim: shares of variance, trend over time, gate agreement.
+
+    "trend" is mean |z| at the last step (least noise) over that at the first, over images.
+    """
+    shares = timestep_shares(trace, conditions, block)[trace.track[0]]
+    tracked = trace.tracked()[:, :, block, 0].numpy()
+    gates = gate_agreement(trace)
+    return {
+        "dim": trace.track[0],
+        "share.timestep": shares["timestep"],
+        "share.condition": shares.get("class", shares["image"]),
+        "trend": stats.bootstrap(tracked[-1] / tracked[0]),
+        "gates.count": len(gates),
+        "gates.same_largest": int(gates["same_largest"].sum()),
+        "gates.rank_correlation": float(gates["rank_correlation"].median()),
+        "timesteps": trace.timesteps(),
+        "magnitude_by_timestep": tracked.mean(1),
+    }
 
 
 # ----------------------------------------------------------------------------------------- section 4.2: intervention
@@ -168,8 +227,6 @@ def image_effects(images: Mapping[str, Images], baseline: str, conditions: Seque
 
 def fashion_conditions(pipe: Any, run: Samples) -> list[Any] | None:
     """The classes of `run` when the shipped Fashion-MNIST classifier can judge them, else None."""
-    from dgkit.tiny.data import FASHION_MNIST_CLASSES
-
     return run.conditions if tuple(condition_names(pipe, range(10))) == FASHION_MNIST_CLASSES else None
 
 
@@ -187,6 +244,17 @@ def contrast(effects: pd.DataFrame, a: str, b: str, column: str) -> Interval:
     """Mean of the paired difference a - b of one column, with its interval."""
     table = effects.pivot(index="image", columns="setting", values=column)
     return stats.paired_bootstrap(table[a].to_numpy(), table[b].to_numpy())
+
+
+def intervention_values(effects: pd.DataFrame, matched: Sequence[int]) -> dict[str, Any]:
+    """What Fig. 5 shows, as numbers: every effect's mean, and the massive channels against each control."""
+    controls = [name for name in effects["setting"].unique() if name not in ("original", "massive")]
+    columns = ("low_error", "high_error", "sharpness_ratio")
+    values: dict[str, Any] = summarise(effects)
+    values |= {
+        f"contrast.{c}.{column}": contrast(effects, "massive", c, column) for c in controls for column in columns
+    }
+    return values | {"contrast.high_error": values["contrast.random.high_error"], "matched_dims": list(matched)}
 
 
 # ------------------------------------------------------------------------- section 4.3 and 5.3: Detail Guidance
@@ -221,58 +289,164 @@ def guide(pipe: Any, run: Samples, setting: Setting) -> GuidedRun:
     return GuidedRun(images, guidance.cost.ratio, guidance.cost.block_evaluations)
 
 
+def dg_scale(pipe: Any, scale: float | None) -> float:
+    """w: as given, else the model's preset without CFG, else 1."""
+    preset = preset_of(pipe)
+    return scale if scale is not None else preset.scale if preset and preset.scale is not None else 1.0
+
+
+def guide_all(pipe: Any, run: Samples, settings: Mapping[str, Setting]) -> dict[str, GuidedRun]:
+    """Sample `run` under each setting, from the same noise."""
+    return {name: guide(pipe, run, setting) for name, setting in settings.items()}
+
+
+def guidance_settings(w: float, guidance_scale: float, block: int, dims: Sequence[int]) -> dict[str, Setting]:
+    """The four settings of Table 1 and Fig. 6, 7: no guidance, DG (Eq. 4), CFG (Eq. 1), CFG + DG (Eq. 5)."""
+    return {
+        "none": Setting(),
+        "DG": Setting(w=w, block=block, dims=dims),
+        "CFG": Setting(guidance_scale),
+        "CFG+DG": Setting(guidance_scale, w, block, dims),
+    }
+
+
+def guidance_values(runs: Mapping[str, GuidedRun], conditions: Sequence[Any] | None) -> dict[str, Any]:
+    """What Fig. 6 and 7 show, as numbers: effects against no guidance, CFG + DG against CFG, and costs."""
+    effects = image_effects({name: run.images for name, run in runs.items()}, "none", conditions)
+    values: dict[str, Any] = summarise(effects)
+    values |= {f"{name}.cost": run.cost_ratio for name, run in runs.items()}
+    measures = [column for column in effects.columns if column not in ("setting", "image")]
+    return values | {f"contrast.cfg.{m}": contrast(effects, "CFG+DG", "CFG", m) for m in measures}
+
+
+def ablation_settings(
+    pipe: Any, w: float, block: int, dims: Sequence[int], w_values: Sequence[float], lambda_values: Sequence[float]
+) -> dict[str, dict[float, Setting]]:
+    """The three sweeps of Fig. 8, by the quantity on the x axis; CFG's s is lambda + 1."""
+    return {
+        "block": {b: Setting(w=w, block=b, dims=dims) for b in range(len(dissect(pipe).blocks))},
+        "w": {value: Setting(w=value, block=block, dims=dims) for value in w_values},
+        "lambda": {value: Setting(value + 1, w, block, dims) for value in lambda_values},
+    }
+
+
 def sweep(
     pipe: Any, run: Samples, settings: Mapping[Any, Setting], baseline: Images, conditions: Sequence[Any] | None
 ) -> pd.DataFrame:
-    """Fig. 8: effects of each setting against the paired `baseline`, one row per (setting's key, column) with interval."""
+    """Fig. 8: effects of each setting against the paired `baseline`.
+
+    One row per (key, measure): key is the setting's key, then value, low, high.
+    """
     rows = []
     for key, setting in settings.items():
         images = {"baseline": baseline, "guided": guide(pipe, run, setting).images}
         for name, interval in summarise(image_effects(images, "baseline", conditions)).items():
-            which, column = name.split(".")
+            which, measure = name.split(".")
             if which == "guided":
-                rows.append(
-                    {"key": key, "measure": column, "value": interval.value, "low": interval.low, "high": interval.high}
-                )
+                rows.append({"key": key, "measure": measure} | asdict(interval))
     return pd.DataFrame(rows)
+
+
+def sweep_values(tables: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
+    """Every sweep as arrays, and whether sharpness goes up or down along it (Spearman's rank correlation)."""
+    values: dict[str, Any] = {}
+    for name, table in tables.items():
+        for measure, part in table.groupby("measure", sort=False):
+            values[f"{name}.{measure}"] = part[["key", "value", "low", "high"]].to_numpy(float)
+        keys, sharp = values[f"{name}.sharpness_ratio"][:, 0], values[f"{name}.sharpness_ratio"][:, 1]
+        values[f"{name}.rank_correlation"] = float(spearmanr(keys, sharp).statistic)
+        strongest = int(np.abs(np.log(sharp)).argmax())
+        values[f"{name}.strongest"] = float(keys[strongest])
+        values[f"{name}.strongest_ratio"] = float(sharp[strongest])
+        values[f"{name}.last_ratio"] = float(sharp[-1])
+    return values
 
 
 # ------------------------------------------------------------------------------------------- appendix H: Table 6
 
 
+def table_6_settings(w: float, block: int, dims: Sequence[int]) -> dict[str, tuple[Setting, bool]]:
+    """The rows of Table 6: name to (guidance setting, conditional?). The paper uses no CFG here."""
+    plain, guided = Setting(), Setting(w=w, block=block, dims=dims)
+    return {"uncond": (plain, False), "uncond+DG": (guided, False), "cond": (plain, True), "cond+DG": (guided, True)}
+
+
 def table_6(
-    pipe: Any, settings: Mapping[str, tuple[Setting, bool]], *, count: int, seeds: Sequence[int], steps: int
+    pipe: Any,
+    settings: Mapping[str, tuple[Setting, bool]],
+    count: int,
+    seeds: Sequence[int],
+    steps: int,
+    imagenet_features: bool = False,
 ) -> pd.DataFrame:
     """Table 6 in small, on Fashion-MNIST: one row per (setting, seed block).
 
-    Columns: frechet (distance of the classifier's 64 features to the training set's), is (inception score with the
-    classifier's probabilities), precision, recall (Kynkaanniemi et al. 2019, k = 3, against the shipped reference sample).
+    Columns: frechet (distance of the shipped classifier's 64 features to those of the training set), is (inception score
+    with the classifier's probabilities), precision, recall (Kynkaanniemi et al. 2019, k = 3, against the shipped sample
+    of real features), and with `imagenet_features` frechet_efficientnet (EfficientNet-Lite0's 1280 features, against as
+    many real test images as were generated).
 
     Args:
+        pipe: a class-conditional pipeline of the Fashion-MNIST classes.
         settings: name to (guidance setting, conditional?); unconditional sampling uses DiT's null class.
         count: images per seed block.
         seeds: one per seed block.
         steps: sampling steps.
+        imagenet_features: whether to measure frechet_efficientnet too.
     """
     classifier = fashion_classifier()
-    reference = load_file(DATA / "reference" / "fashion-mnist.safetensors")
+    real = load_file(DATA / "reference" / "fashion-mnist.safetensors")
+    real_efficientnet = _real_efficientnet_features(count) if imagenet_features else None
     rows = []
     for name, (setting, conditional) in settings.items():
         for seed in seeds:
             run = samples(pipe, count, seed, steps)
             if not conditional:
-                run = Samples([1000] * count, run.seeds, steps)
+                run = replace(run, conditions=[1000] * count)
             images = guide(pipe, run, setting).images
             features = classifier.features(images)
-            score = precision_recall(reference["features"], features)
-            rows.append(
-                {
-                    "setting": name,
-                    "seed": seed,
-                    "frechet": frechet_distance(reference["features"], features),
-                    "is": inception_score(classifier(images)),
-                    "precision": score.precision,
-                    "recall": score.recall,
-                }
-            )
+            score = precision_recall(real["sample"], features)
+            row = {
+                "setting": name,
+                "seed": seed,
+                "frechet": frechet_distance_to(features, real["mean"], real["covariance"]),
+                "is": inception_score(classifier(images)),
+                "precision": score.precision,
+                "recall": score.recall,
+            }
+            if real_efficientnet is not None:
+                row["frechet_efficientnet"] = frechet_distance(real_efficientnet, efficientnet_features(images))
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _real_efficientnet_features(count: int) -> Any:
+    images, _ = fashion_mnist("test")
+    return efficientnet_features(as_samples(images[:count]))
+
+
+def table_6_values(table: pd.DataFrame) -> dict[str, Any]:
+    """Mean over seed blocks with the smallest and largest block, and the change of the Frechet distance by DG."""
+    measures = [column for column in table.columns if column not in ("setting", "seed")]
+    values: dict[str, Any] = {}
+    for setting, group in table.groupby("setting", sort=False):
+        for m in measures:
+            values[f"{setting}.{m}"] = Interval(group[m].mean(), group[m].min(), group[m].max())
+    pivot = table.pivot(index="seed", columns="setting", values="frechet")
+    for kind in ("uncond", "cond"):
+        change = pivot[f"{kind}+DG"] - pivot[kind]
+        values[f"{kind}.frechet_change"] = Interval(change.mean(), change.min(), change.max())
+    return values
+
+
+def table_6_beside_paper(values: Mapping[str, Any]) -> pd.DataFrame:
+    """The paper's Table 6 (ImageNet, DiT-XL/2) beside ours: same rows and measures, another model, data and network."""
+    rows = []
+    for _, line in paper.table(6).iterrows():
+        kind = line["type"].lower() + ("+DG" if line["dg"] == "yes" else "")
+        columns = {"frechet": "fid", "is": "is", "precision": "precision", "recall": "recall"}
+        row = {"setting": kind}
+        for ours, theirs in columns.items():
+            row |= {f"{ours} (ours)": f"{values[f'{kind}.{ours}']:.3g}", f"{theirs} (paper)": line[theirs]}
+        rows.append(row)
     return pd.DataFrame(rows)

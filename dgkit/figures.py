@@ -28,6 +28,9 @@ LABELS = {
     "sharpness_ratio": "sharpness / original",
     "high_frequency_change": "change of\nhigh-frequency energy share",
     "class_agreement": "classifier agrees\nwith the class",
+    "frechet": "Frechet distance\n(64 features)",
+    "frechet_efficientnet": "Frechet distance\n(EfficientNet)",
+    "is": "inception score\n(classifier)",
 }
 
 sns.set_theme(
@@ -228,6 +231,17 @@ def sweep(tables: Mapping[str, pd.DataFrame], measures: Sequence[str]) -> Figure
                 ax.set_ylabel(LABELS.get(measure, measure), fontsize=9)
             ax.grid(alpha=0.4)
         axes[-1, column].set_xlabel(name)
+    return _closed(figure)
+
+
+def table_6(table: pd.DataFrame) -> Figure:
+    """Every seed block of every row of Table 6, one panel per measure (columns setting, seed, then the measures)."""
+    measures = [column for column in table.columns if column not in ("setting", "seed")]
+    figure, axes = plt.subplots(1, len(measures), figsize=(WIDTH, 2.6), sharey=True)
+    for ax, measure in zip(axes, measures, strict=True):
+        sns.stripplot(table, x=measure, y="setting", hue="setting", ax=ax, jitter=False, size=7, legend=False)
+        ax.set(ylabel="", xlabel=LABELS.get(measure, measure))
+        ax.grid(axis="x", alpha=0.4)
     return _closed(figure)
 
 

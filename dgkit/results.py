@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import time
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from importlib.metadata import PackageNotFoundError, version
@@ -74,6 +74,9 @@ class Result:
         self._provenance = _provenance(self.parameters, pipe)
         self._start = time.monotonic()
 
+    def __getitem__(self, key: str) -> Any:
+        return _decoded(self._values[key])
+
     def __setitem__(self, key: str, value: Any) -> None:
         """Keep a finite number, string, bool, Interval, array or tensor (to 6 significant digits), or list of them.
 
@@ -83,6 +86,59 @@ class Result:
         if value is None:
             raise DgkitError(f"result[{key!r}] is None: leave out what was not measured")
         self._values[key] = _encoded(value, f"result[{key!r}]")
+
+    def update(self, values: Mapping[str, Any]) -> None:
+        """Keep several values, each as by `result[key] = value`."""
+        for key, value in values.items():
+            self[key] = value
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """What was kept so far, as it will read from the file."""
+        return {key: _decoded(value) for key, value in self._values.items()}
+
+    def glue(self) -> None:
+        """Show the numbers to the book under their keys (`{glue:text}` in a page); nothing visible in the notebook.
+
+        Reference numbers, where there are any, go under "reference.KEY". Arrays are left out.
+        """
+        from IPython.display import display
+
+        glued = dict(self.values)
+        reference = _reference_of(self)
+        if reference is not None:
+            glued |= {f"reference.{key}": reference[key] for key in reference.values}
+        for key, value in glued.items():
+            if not isinstance(value, list | np.ndarray):
+                # what myst_nb.glue writes, without making Sphinx a dependency of every notebook
+                data = {
+                    "application/papermill.record/text/plain": repr(
+                        str(value) if isinstance(value, Interval) else value
+                    )
+                }
+                display(
+                    data,
+                    raw=True,
+                    metadata={"scrapbook": {"name": key, "mime_prefix": "application/papermill.record/"}},
+                )
+
+    def conclude(self) -> Any:
+        """Save, and return as Markdown the chapter's finding for this run and for the reference run."""
+        from IPython.display import Markdown
+
+        from dgkit.findings import FINDINGS
+
+        sentence = FINDINGS[self.name]
+        self["finding"] = sentence(self.values | self.parameters)
+        text = f"**This run.** {self['finding']}"
+        reference = _reference_of(self)
+        if reference is not None:
+            commit = (reference.provenance["commit"] or "uncommitted")[:10]
+            text += (
+                f"\n\n**Reference run** (`{reference.provenance['command']}`, commit {commit}). {reference['finding']}"
+            )
+        self.save()
+        return Markdown(text)
 
     def save(self) -> Path:
         """Write the result file (whole or not at all) and return its path."""
@@ -108,6 +164,12 @@ def load(name: str, model: str, reference: bool = False) -> Record:
         kind = "reference" if reference else "accepted"
         raise DgkitError(f"there is no {kind} result {name!r} of model {model!r}: {path.parent.name}/{path.name}")
     return _read(path)
+
+
+def _reference_of(result: Result) -> Record | None:
+    """The reference run of a result's notebook and model, if there is one."""
+    path = REFERENCE / safe_name(result.parameters["model"]) / f"{safe_name(result.name)}.json"
+    return _read(path) if path.is_file() else None
 
 
 def safe_name(text: str) -> str:

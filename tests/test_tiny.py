@@ -304,7 +304,7 @@ def test_the_whole_recipe_of_tiny_dit_resumes_at_each_stage_and_is_measured(
     assert (model / "tiny-dit.toml").read_bytes() == (Path(tiny.__file__).parent / "tiny-dit.toml").read_bytes()
 
     monkeypatch.setattr(quality, "SAMPLES", 20)
-    monkeypatch.setattr(quality, "load_classifier", classifier.FashionClassifier)
+    monkeypatch.setattr(quality, "load_classifier", lambda: classifier.FashionClassifier().eval())
     measured = quality.measure(tmp_path, guidance_scale=2.0, steps=2)
     assert [row["step"] for row in measured["massive"]] == [1, 2]
     assert measured == json.loads((model / "quality.json").read_text())

@@ -26,13 +26,25 @@ def frechet_distance(features_a: Any, features_b: Any) -> float:
     a, b = _checked(features_a, "features_a"), _checked(features_b, "features_b")
     if a.shape[1] != b.shape[1]:
         raise DgkitError(f"features_a has {a.shape[1]} features and features_b {b.shape[1]}: they must agree")
-    covariance_a, covariance_b = (np.atleast_2d(np.cov(x, rowvar=False)) for x in (a, b))
-    values, vectors = np.linalg.eigh(covariance_a)
+    return frechet_distance_to(a, b.mean(axis=0), np.atleast_2d(np.cov(b, rowvar=False)))
+
+
+def frechet_distance_to(features: Any, mean: Any, covariance: Any) -> float:
+    """`frechet_distance` of a sample to a Gaussian whose `mean` (features,) and `covariance` are already known.
+
+    Raises:
+        DgkitError: as for `frechet_distance`, or the three widths do not agree.
+    """
+    sample, m, c = _checked(features, "features"), np.asarray(mean, np.float64), np.asarray(covariance, np.float64)
+    width = sample.shape[1]
+    if m.shape != (width,) or c.shape != (width, width):
+        raise DgkitError(f"mean {m.shape} and covariance {c.shape} are not those of {width} features")
+    own = np.atleast_2d(np.cov(sample, rowvar=False))
+    values, vectors = np.linalg.eigh(own)
     root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    product = np.linalg.eigvalsh(root @ covariance_b @ root)
-    shift = a.mean(axis=0) - b.mean(axis=0)
-    trace = np.trace(covariance_a) + np.trace(covariance_b) - 2 * np.sqrt(product.clip(0)).sum()
-    return max(0.0, float(shift @ shift + trace))
+    product = np.linalg.eigvalsh(root @ c @ root)
+    shift = sample.mean(axis=0) - m
+    return max(0.0, float(shift @ shift + np.trace(own) + np.trace(c) - 2 * np.sqrt(product.clip(0)).sum()))
 
 
 def _checked(features: Any, name: str) -> NDArray[np.float64]:

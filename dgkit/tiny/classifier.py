@@ -74,7 +74,7 @@ def train_classifier(schedule: Schedule, folder: Path) -> FashionClassifier:
 @torch.no_grad()
 def accuracy(model: FashionClassifier, images: Tensor | np.ndarray, labels: Tensor | np.ndarray) -> float:
     """Share of uint8 images (N, 28, 28, 3) that `model` assigns to their `labels` (N,)."""
-    return (model(images).argmax(1).cpu() == torch.as_tensor(labels)).float().mean().item()
+    return (model(images).argmax(1).cpu() == torch.as_tensor(labels)).double().mean().item()
 
 
 def save_classifier(model: FashionClassifier, folder: Path) -> None:
