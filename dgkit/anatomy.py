@@ -209,8 +209,8 @@ class Pipeline:
 
     Attributes:
         condition: the argument of `__call__` that holds the prompts or classes.
-        rows: labels the batch rows of one transformer call, from the pipeline, the call and the latents of the call before.
-        batched_cfg: whether CFG is one call on a doubled batch; else it is a second call, of which the first cannot know.
+        rows: labels the batch rows of a transformer call, from the pipeline, the call and the latents of the one before.
+        batched_cfg: whether CFG is one call on a doubled batch; else a second call, of which the first cannot know.
     """
 
     condition: str

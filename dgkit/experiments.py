@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pandas as pd
@@ -29,6 +29,7 @@ from dgkit.tiny.data import FASHION_MNIST_CLASSES, as_samples, fashion_mnist
 from dgkit.zoo import preset_of
 
 Images = NDArray[np.uint8]
+Key = TypeVar("Key")
 
 # -------------------------------------------------------------------------------------------------- what to generate
 
@@ -87,8 +88,8 @@ def condition_names(pipe: Any, conditions: Sequence[Any]) -> list[str]:
 def subject(trace: Trace, block: int | None, dims: Sequence[int] | None) -> tuple[int, list[int]]:
     """The block and dims to study: as given, else the model's preset, else what the trace shows.
 
-    Without a preset, the block is a quarter of the way in (SD3's 6 of 24), and the dims are those massive in that block,
-    or its largest channel when none is.
+    Without a preset, the block is a quarter of the way in (SD3's 6 of 24), and the dims are those massive in that
+    block, or its largest channel when none is.
     """
     preset = preset_of(trace.anatomy)
     if block is None:
@@ -110,7 +111,7 @@ def observe(pipe: Any, run: Samples, *, track: Sequence[int] = (), keep: Sequenc
 
 
 def layer_values(trace: Trace, massive: Massive, threshold: float) -> dict[str, Any]:
-    """What Fig. 2 and 3(a) show, as numbers: how many blocks have massive channels, at which dims, on how many tokens."""
+    """What Fig. 2 and 3(a) show, as numbers: how many blocks have massive channels, which, on how many tokens."""
     ratios = channel_ratio(trace.mean_abs())
     block, dim = divmod(int(ratios.argmax()), trace.anatomy.channels)
     return {
@@ -182,8 +183,9 @@ def intervene(
 ) -> dict[str, Images]:
     """Images of the original model and of models disrupted at `block` (appendix D and its controls).
 
-    Settings: "original"; "massive" (dims zeroed); "mean" (dims set to their token mean); "matched" (non-massive channels
-    of as much magnitude zeroed); "random 1" .. "random `draws`" (as many non-massive channels zeroed, the paper's control).
+    Settings: "original"; "massive" (dims zeroed); "mean" (dims set to their token mean); "matched" (non-massive
+    channels of as much magnitude zeroed); "random 1" .. "random `draws`" (as many other channels zeroed, the paper's
+    control).
     """
     edits: dict[str, dict[str, Any]] = {
         "massive": {"dims": dims},
@@ -202,9 +204,9 @@ def intervene(
 def image_effects(images: Mapping[str, Images], baseline: str, conditions: Sequence[Any] | None = None) -> pd.DataFrame:
     """Per image and setting, what differs from the paired image of `baseline`.
 
-    Columns: low_error, high_error (relative squared error below and above 1/8 cycles/pixel), sharpness_ratio (variance of
-    the Laplacian over the baseline's), high_frequency_change (difference of the energy share above 1/4 cycles/pixel), and
-    with `conditions` (Fashion-MNIST classes) class_agreement (1 where the classifier sees the class asked for).
+    Columns: low_error, high_error (relative squared error below and above 1/8 cycles/pixel), sharpness_ratio (variance
+    of the Laplacian over the baseline's), high_frequency_change (difference of the energy share above 1/4 cycles/pixel),
+    and with `conditions` (Fashion-MNIST classes) class_agreement (1 where the classifier sees the class asked for).
     Settings named "random 1", "random 2", ... are averaged per image into one setting "random".
     """
     reference = images[baseline]
@@ -295,7 +297,7 @@ def dg_scale(pipe: Any, scale: float | None) -> float:
     return scale if scale is not None else preset.scale if preset and preset.scale is not None else 1.0
 
 
-def guide_all(pipe: Any, run: Samples, settings: Mapping[str, Setting]) -> dict[str, GuidedRun]:
+def guide_all(pipe: Any, run: Samples, settings: Mapping[Key, Setting]) -> dict[Key, GuidedRun]:
     """Sample `run` under each setting, from the same noise."""
     return {name: guide(pipe, run, setting) for name, setting in settings.items()}
 
@@ -330,36 +332,39 @@ def ablation_settings(
     }
 
 
-def sweep(
-    pipe: Any, run: Samples, settings: Mapping[Any, Setting], baseline: Images, conditions: Sequence[Any] | None
-) -> pd.DataFrame:
-    """Fig. 8: effects of each setting against the paired `baseline`.
+def sweep(runs: Mapping[Any, GuidedRun], baseline: Images, conditions: Sequence[Any] | None) -> pd.DataFrame:
+    """Fig. 8: effects of each run of a sweep against the paired `baseline`.
 
-    One row per (key, measure): key is the setting's key, then value, low, high.
+    One row per (key, measure): key is the run's key, then value, low, high.
     """
     rows = []
-    for key, setting in settings.items():
-        images = {"baseline": baseline, "guided": guide(pipe, run, setting).images}
-        for name, interval in summarise(image_effects(images, "baseline", conditions)).items():
-            which, measure = name.split(".")
-            if which == "guided":
-                rows.append({"key": key, "measure": measure} | asdict(interval))
+    for key, guided in runs.items():
+        effects = image_effects({"baseline": baseline, "guided": guided.images}, "baseline", conditions)
+        for name, interval in summarise(effects[effects["setting"] == "guided"]).items():
+            rows.append({"key": key, "measure": name.removeprefix("guided.")} | asdict(interval))
     return pd.DataFrame(rows)
 
 
 def sweep_values(tables: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
-    """Every sweep as arrays, and whether sharpness goes up or down along it (Spearman's rank correlation)."""
+    """Every sweep as arrays (key, value, low, high), and what it does to sharpness.
+
+    "NAME.rank_correlation" is Spearman's over the sweep's points; "block.strongest" is the block where the edit moves
+    sharpness most, by its ratio to no guidance, and "block.last_ratio" that ratio at the last block.
+    """
     values: dict[str, Any] = {}
     for name, table in tables.items():
         for measure, part in table.groupby("measure", sort=False):
             values[f"{name}.{measure}"] = part[["key", "value", "low", "high"]].to_numpy(float)
-        keys, sharp = values[f"{name}.sharpness_ratio"][:, 0], values[f"{name}.sharpness_ratio"][:, 1]
-        values[f"{name}.rank_correlation"] = float(spearmanr(keys, sharp).statistic)
-        strongest = int(np.abs(np.log(sharp)).argmax())
-        values[f"{name}.strongest"] = float(keys[strongest])
-        values[f"{name}.strongest_ratio"] = float(sharp[strongest])
-        values[f"{name}.last_ratio"] = float(sharp[-1])
-    return values
+    sharp = {name: values[f"{name}.sharpness_ratio"] for name in tables}
+    for name in ("w", "lambda"):
+        values[f"{name}.rank_correlation"] = float(spearmanr(sharp[name][:, 0], sharp[name][:, 1]).statistic)
+    strongest = int(np.abs(np.log(sharp["block"][:, 1])).argmax())
+    return values | {
+        "blocks": len(sharp["block"]),
+        "block.strongest": strongest,
+        "block.strongest_ratio": float(sharp["block"][strongest, 1]),
+        "block.last_ratio": float(sharp["block"][-1, 1]),
+    }
 
 
 # ------------------------------------------------------------------------------------------- appendix H: Table 6
@@ -381,10 +386,10 @@ def table_6(
 ) -> pd.DataFrame:
     """Table 6 in small, on Fashion-MNIST: one row per (setting, seed block).
 
-    Columns: frechet (distance of the shipped classifier's 64 features to those of the training set), is (inception score
-    with the classifier's probabilities), precision, recall (Kynkaanniemi et al. 2019, k = 3, against the shipped sample
-    of real features), and with `imagenet_features` frechet_efficientnet (EfficientNet-Lite0's 1280 features, against as
-    many real test images as were generated).
+    Columns: frechet (distance of the shipped classifier's 64 features to those of the training set), is (inception
+    score with the classifier's probabilities), precision, recall (Kynkaanniemi et al. 2019, k = 3, against the shipped
+    sample of real features), and with `imagenet_features` frechet_efficientnet (EfficientNet-Lite0's 1280 features,
+    against as many real test images as were generated).
 
     Args:
         pipe: a class-conditional pipeline of the Fashion-MNIST classes.

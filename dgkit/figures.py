@@ -13,7 +13,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from numpy.typing import ArrayLike, NDArray
 
 from dgkit.stats import Interval
@@ -21,6 +21,9 @@ from dgkit.stats import Interval
 WIDTH = 8.5  # inches: the text column of the page
 COLOURS = sns.color_palette("colorblind")
 MASSIVE, OTHER, ACCENT = COLOURS[3], COLOURS[7], COLOURS[0]
+
+RATIO_TICKS = [1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000]
+PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 
 LABELS = {
     "low_error": "low-frequency error\n(relative squared)",
@@ -71,10 +74,10 @@ def layer_map(ratios: ArrayLike) -> Figure:
     """Fig. 3(a): mean |z| of every channel over its block's median, for all blocks."""
     table = np.asarray(ratios)
     figure, ax = plt.subplots(figsize=(WIDTH, 0.9 + 0.25 * len(table)))
-    sns.heatmap(
-        table, ax=ax, cmap="rocket_r", norm=LogNorm(1, max(2.0, table.max())), xticklabels=16,
-        cbar_kws={"label": "mean |z| / block median"},
-    )  # fmt: skip
+    norm = LogNorm(1, max(2.0, table.max()))
+    sns.heatmap(table, ax=ax, cmap="rocket_r", norm=norm, xticklabels=16, cbar=False)
+    bar = figure.colorbar(ax.collections[0], ticks=RATIO_TICKS, format=PLAIN, label="mean |z| / block median")
+    bar.ax.minorticks_off()
     ax.set(xlabel="channel", ylabel="block")
     ax.tick_params(rotation=0)
     return _closed(figure)
@@ -91,6 +94,7 @@ def layer_lines(ratios: ArrayLike, dims: Sequence[int], threshold: float) -> Fig
     ax.axhline(threshold, color="black", linestyle="--", linewidth=0.8, label=f"{threshold:g} x median")
     ax.set(xlabel="block", ylabel="mean |z| / block median", yscale="log")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.yaxis.set(major_locator=FixedLocator(RATIO_TICKS), major_formatter=PLAIN, minor_locator=NullLocator())
     ax.legend(frameon=False, fontsize=9, bbox_to_anchor=(1, 1), loc="upper left")
     return _closed(figure)
 
@@ -98,14 +102,16 @@ def layer_lines(ratios: ArrayLike, dims: Sequence[int], threshold: float) -> Fig
 def token_maps(magnitudes: ArrayLike, titles: Sequence[str]) -> Figure:
     """Where in the image a channel is large: |z| per token, one (H, W) map per title, on one colour scale."""
     maps = np.asarray(magnitudes)
-    figure, axes = plt.subplots(1, len(maps), figsize=(WIDTH, WIDTH / len(maps) + 0.5), squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(maps), figsize=(WIDTH, WIDTH / (len(maps) + 1) + 0.3), squeeze=False, layout="constrained"
+    )
     for ax, values, title in zip(axes[0], maps, titles, strict=True):
         image = ax.imshow(values, cmap="rocket_r", vmin=0, vmax=maps.max())
         ax.set_title(title, fontsize=9)
         ax.set_xticks([])
         ax.set_yticks([])
+    figure.colorbar(image, ax=axes[0].tolist(), label="|z|", shrink=0.8)
     plt.close(figure)
-    figure.colorbar(image, ax=axes[0].tolist(), label="|z|", shrink=0.75)
     return figure
 
 
@@ -124,7 +130,7 @@ def gates_and_activations(
 
 
 def over_time(values: ArrayLike, timesteps: Sequence[float], names: Sequence[str], dim: int) -> Figure:
-    """Fig. 4(b): mean |z| of one channel against the timestep, (T, N) values: mean of each condition, range over images."""
+    """Fig. 4(b): mean |z| of one channel (T, N) against the timestep: mean of each condition, range over images."""
     table = np.asarray(values)
     figure, ax = plt.subplots(figsize=(WIDTH, 3.6))
     ax.fill_between(timesteps, table.min(1), table.max(1), color=OTHER, alpha=0.25, linewidth=0, label="all images")
@@ -246,10 +252,11 @@ def table_6(table: pd.DataFrame) -> Figure:
 
 
 def over_training(ratios: pd.DataFrame, threshold: float) -> Figure:
-    """Largest channel over the block's median against training steps, one line per block (columns step, block, ratio)."""
+    """Largest channel over the block's median along training, one line per block (columns step, block, ratio)."""
     figure, ax = plt.subplots(figsize=(WIDTH, 3.2))
     sns.lineplot(ratios, x="step", y="ratio", hue="block", palette="viridis", marker="o", ax=ax)
     ax.axhline(threshold, color="black", linestyle="--", linewidth=0.8)
     ax.set(xlabel="training step", ylabel="largest channel / block median", xscale="log", yscale="log")
+    ax.yaxis.set(major_locator=FixedLocator(RATIO_TICKS), major_formatter=PLAIN, minor_locator=NullLocator())
     ax.legend(frameon=False, fontsize=8, title="block", bbox_to_anchor=(1, 1), loc="upper left")
     return _closed(figure)

@@ -27,8 +27,8 @@ def layer_properties(v: Values) -> str:
     where = f"{v['blocks_with_massive']} of {v['blocks']} blocks"
     if v["blocks_with_massive"] == 0:
         return (
-            f"No channel of {v['model']} is massive: the largest, channel {v['largest.dim']} of block {v['largest.block']}, "
-            f"reaches {v['largest.ratio']:.1f} times its block's median, below the threshold of {v['threshold']:g}."
+            f"No channel of {v['model']} is massive: the largest, channel {v['largest.dim']} of block "
+            f"{v['largest.block']}, reaches {v['largest.ratio']:.1f} times its block's median, below the threshold of {v['threshold']:g}."
         )
     fixed = (
         f"at fixed dims ({_listed(v['fixed_dims'])} in more than half of the blocks)"
@@ -50,8 +50,8 @@ def timestep_vs_text(v: Values) -> str:
         leads = "neither clearly"
     return (
         f"At block {v['block']} of {v['model']}, the timestep explains {v['share.timestep']:.2f} and the condition "
-        f"{v['share.condition']:.2f} of the variance of channel {v['dim']}'s magnitude (the larger share: {leads}), which "
-        f"{direction} from noise to image (ratio {v['trend']:.2f}; the paper: grows, by timestep); the residual gate's "
+        f"{v['share.condition']:.2f} of the variance of channel {v['dim']}'s magnitude (the larger share: {leads}), "
+        f"which {direction} from noise to image (ratio {v['trend']:.2f}; the paper: grows, by timestep); the residual gate's "
         f"largest channel is z's largest in {v['gates.same_largest']} of {v['gates.count']} gates, with a median rank "
         f"correlation of {v['gates.rank_correlation']:.2f}."
     )
@@ -63,8 +63,8 @@ def intervention(v: Values) -> str:
     ratio = v["massive.high_error"].value / max(v["massive.low_error"].value, 1e-12)
     sharp = _side(v["massive.sharpness_ratio"], 1.0, "sharper", "smoother")
     text = (
-        f"Zeroing channel{'s' * (len(v['dims']) > 1)} {_listed(v['dims'])} after block {v['block']} of {v['model']} leaves "
-        f"a relative error of {v['massive.low_error']:.3f} at low and {v['massive.high_error']:.3f} at high spatial "
+        f"Zeroing channel{'s' * (len(v['dims']) > 1)} {_listed(v['dims'])} after block {v['block']} of {v['model']} "
+        f"leaves a relative error of {v['massive.low_error']:.3f} at low and {v['massive.high_error']:.3f} at high spatial "
         f"frequencies ({ratio:.0f} times as much), {detail} than zeroing as many random channels does "
         f"(high: {v['random.high_error']:.3f}), and makes the images {sharp} (sharpness ratio "
         f"{v['massive.sharpness_ratio']:.2f})"
@@ -93,19 +93,25 @@ def detail_guidance(v: Values) -> str:
             f"{v['CFG+DG.class_agreement'].value:.0%} with both"
         )
     return text + (
-        f"; replaying the shared blocks costs {v['DG.cost']:.2f} (DG) and {v['CFG+DG.cost']:.2f} (CFG + DG) of the block "
-        f"evaluations of full passes."
+        f"; replaying the shared blocks costs {v['DG.cost']:.2f} (DG) and {v['CFG+DG.cost']:.2f} (CFG + DG) of the "
+        f"block evaluations of full passes."
     )
 
 
 def ablations(v: Values) -> str:
     """Section 5.3: which depth, w and lambda?"""
+    middle = "an intermediate" if 0 < v["block.strongest"] < v["blocks"] - 1 else "an outer"
     return (
-        f"On {v['model']} the edit at block {v['depth.strongest']} (m = {v['depth.strongest'] + 1} of {v['blocks']}) changes "
-        f"sharpness most (ratio {v['depth.strongest_ratio']:.2f}) and the last block least is "
-        f"{v['depth.last_ratio']:.2f}; sharpness {v['w.direction']} with w (rank correlation "
-        f"{v['w.rank_correlation']:+.2f}) and {v['lambda.direction']} with lambda ({v['lambda.rank_correlation']:+.2f})."
+        f"On {v['model']} DG changes sharpness most when the edit is at block {v['block.strongest']} (m = "
+        f"{v['block.strongest'] + 1} of {v['blocks']}, {middle} block; the paper: intermediate ones), by a ratio of "
+        f"{v['block.strongest_ratio']:.2f}, against {v['block.last_ratio']:.2f} at the last block; sharpness "
+        f"{_trend(v['w.rank_correlation'])} with w and {_trend(v['lambda.rank_correlation'])} with lambda."
     )
+
+
+def _trend(rank_correlation: float) -> str:
+    verb = "rises" if rank_correlation > 0.5 else "falls" if rank_correlation < -0.5 else "has no clear trend"
+    return f"{verb} (rank correlation {rank_correlation:+.2f})"
 
 
 def imagenet(v: Values) -> str:

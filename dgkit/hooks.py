@@ -37,7 +37,7 @@ class Pass:
         return {key: torch.tensor(indices) for key, indices in rows.items()}
 
 
-# The guidance engine announces its degraded pass here: it calls `transformer.forward`, past the transformer's own hooks.
+# The guidance engine announces its degraded pass here, because it calls `transformer.forward`, past the module's hooks.
 degraded_pass: ContextVar[Pass | None] = ContextVar("degraded_pass", default=None)
 
 # -------------------------------------------------------------------------------------------------------------- record
@@ -120,7 +120,7 @@ class Trace:
         return total / sum(c.gate_images for c in cells)[:, None]  # type: ignore[return-value, index]
 
     def tracked(self, label: str | None = None) -> Tensor:
-        """Mean |z| over image tokens of each tracked dim, (timesteps, images, L, D); images in the order of sampling."""
+        """Mean |z| over image tokens of each tracked dim, (timesteps, images, L, D), images as sampled."""
         label = self._label(label)
         if not self.track:
             raise DgkitError("no dim was tracked: name them in record(..., track=[...])")
@@ -286,8 +286,8 @@ class Edit:
 
     Attributes:
         kind: "zero" (the paper's masking, section 4.2), "mean" (each channel becomes its mean over the image's tokens,
-            after Sun et al. 2024) or "random" (as many other channels, drawn at random, are zeroed: the paper's control,
-            appendix D).
+            after Sun et al. 2024) or "random" (as many other channels, drawn at random, are zeroed: the paper's
+            control, appendix D).
         dims: the channels that are changed.
     """
 

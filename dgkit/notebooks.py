@@ -38,6 +38,10 @@ NOTEBOOKS = {
 FOLDER: Path | None = CHECKOUT and CHECKOUT / "notebooks"
 
 
+# tqdm's complaint about widgets, which a page cannot show anyway
+_QUIET = "ignore:IProgress not found"
+
+
 def execute(name: str, parameters: dict[str, Any], output: Path | None = None, progress: bool = True) -> Path:
     """Run a notebook with some parameters changed.
 
@@ -68,7 +72,9 @@ def execute(name: str, parameters: dict[str, Any], output: Path | None = None, p
     output.mkdir(parents=True, exist_ok=True)
     options = "".join(f" -p {shlex.quote(f'{key}={_shown(value)}')}" for key, value in parameters.items())
     target = output / source.name
-    with _environment(DGKIT_RESULTS_DIR=str(output.absolute()), DGKIT_COMMAND=f"dgkit run {name}{options}"):
+    with _environment(
+        DGKIT_RESULTS_DIR=str(output.absolute()), DGKIT_COMMAND=f"dgkit run {name}{options}", PYTHONWARNINGS=_QUIET
+    ):
         try:
             notebook = papermill.execute_notebook(
                 _literal(source),

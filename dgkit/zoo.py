@@ -1,11 +1,16 @@
 """The models that dgkit knows by name: where they come from, what they need, and the paper's settings for them."""
 
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 
 from dgkit.anatomy import Anatomy, dissect
@@ -114,12 +119,33 @@ def load(name: str, *, device: str = "cpu", dtype: torch.dtype | None = None) ->
         raise LoadError(f'device={device!r} is not available here: torch finds no GPU, use device="cpu"')
     dtype = dtype or (torch.float32 if torch_device.type == "cpu" else torch.bfloat16)
     try:
-        pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype)
+        with _quiet():
+            pipe = DiffusionPipeline.from_pretrained(source, dtype=dtype)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         gated = f" (licence: {row.licence}; accept it on the hub and log in)" if row and row.source else ""
         reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise LoadError(f"{source} could not be loaded{gated}: {reason}") from error
     return pipe.to(torch_device)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Progress bars only on a terminal; no warning about DiT's class names, whose keys JSON turns into strings."""
+
+    def harmless(record: logging.LogRecord) -> bool:
+        return "Expected types for id2label" not in record.getMessage()
+
+    logger = logging.getLogger("diffusers.pipelines.pipeline_utils")
+    logger.addFilter(harmless)
+    bars = diffusers_logging.is_progress_bar_enabled()
+    if not sys.stderr.isatty():
+        diffusers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logger.removeFilter(harmless)
+        if bars:
+            diffusers_logging.enable_progress_bar()
 
 
 def preset_of(target: Any) -> Preset | None:

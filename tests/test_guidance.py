@@ -17,7 +17,7 @@ from tests.tiny_models import CLASSES, build, inputs, pipeline, prompts, sample
 
 
 def zeroed(model: nn.Module, block: int, dims: list[int], **call: Any) -> Tensor:
-    """One full pass with the image tokens of the block's output zeroed at `dims`, by a hook that knows only diffusers."""
+    """One full pass, the image tokens of the block's output zeroed at `dims` by a hook that knows only diffusers."""
     blocks = list(model.transformer_blocks) + list(getattr(model, "single_transformer_blocks", []))
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
@@ -317,8 +317,8 @@ def test_skip_guidance_layers_are_refused() -> None:
         pytest.raises(ModelError, match="skip_guidance_layers"),
         dgkit.detail_guidance(pipe, scale=1.0, block=0, dims=[1]),
     ):
-        pipe(**prompts("sd3", 1), num_inference_steps=4, guidance_scale=4.0, skip_guidance_layers=[1], output_type="latent",
-             skip_layer_guidance_start=0.0, skip_layer_guidance_stop=1.0)  # fmt: skip
+        pipe(**prompts("sd3", 1), num_inference_steps=4, guidance_scale=4.0, output_type="latent",
+             skip_guidance_layers=[1], skip_layer_guidance_start=0.0, skip_layer_guidance_stop=1.0)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------------- disrupt
