@@ -48,6 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     train = tiny.add_parser("train", help="train one in _build/tiny/NAME, going on where a killed run was")
     train.add_argument("name", metavar="NAME", help="e.g. tiny-dit")
     train.set_defaults(verb=_tiny_train)
+    measure = tiny.add_parser("measure", help="measure a trained one and write its card beside the weights")
+    measure.add_argument("name", metavar="NAME", help="e.g. tiny-dit")
+    measure.set_defaults(verb=_tiny_measure)
 
     results = verbs.add_parser("results", help="measured numbers").add_subparsers(required=True, metavar="VERB")
     results.add_parser("check", help="compare the last run with the accepted results").set_defaults(verb=_results_check)
@@ -82,6 +85,14 @@ def _tiny_train(arguments: argparse.Namespace) -> int:
     from dgkit import paths, tiny
 
     tiny.train(arguments.name, paths.build_dir() / "tiny" / arguments.name)
+    return 0
+
+
+def _tiny_measure(arguments: argparse.Namespace) -> int:
+    from dgkit import paths
+    from dgkit.tiny import quality
+
+    quality.MEASURES[quality.checked_name(arguments.name)](paths.build_dir() / "tiny" / arguments.name)
     return 0
 
 

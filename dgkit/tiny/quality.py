@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file
 from torch import Tensor
 
-from dgkit.errors import LoadError
+from dgkit.errors import DgkitError, LoadError
 from dgkit.generate import generate
 from dgkit.hooks import record
 from dgkit.massive import channel_ratio
@@ -79,6 +79,17 @@ def measure(run: Path, *, guidance_scale: float = 4.0, steps: int = 50) -> dict[
 
 
 @torch.no_grad()
+def checked_name(name: str) -> str:
+    """`name` if there is something to measure under it.
+
+    Raises:
+        DgkitError: there is not.
+    """
+    if name not in MEASURES:
+        raise DgkitError(f"name={name!r} is not allowed: use one of {', '.join(MEASURES)}")
+    return name
+
+
 def autoencoder_psnr(pipe: DiTPipeline, images: Tensor) -> float:
     """Mean over grey uint8 images (N, 1, H, W) of the PSNR of their reconstructions, in dB.
 
@@ -315,3 +326,7 @@ def _verdict(met: bool) -> str:
 
 def _by_class(shares: dict[str, float]) -> str:
     return ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+
+
+MEASURES = {"tiny-dit": measure, "fashion-classifier": measure_classifier}
+"""What measures each shipped model, by name: takes the run's folder."""
