@@ -209,12 +209,15 @@ class Pipeline:
 
     Attributes:
         condition: the argument of `__call__` that holds the prompts or classes.
-        rows: labels the batch rows of a transformer call, from the pipeline, the call and the latents of the one before.
+        rows: labels the batch rows of a transformer call, from the pipeline, the call and the latents of the call
+            before.
+        guidance: arguments of `__call__` for s of u + s (c - u) and a number of images; s = 1 is no CFG.
         batched_cfg: whether CFG is one call on a doubled batch; else a second call, of which the first cannot know.
     """
 
     condition: str
     rows: Callable[[Any, Call, Tensor | None], tuple[str, ...]]
+    guidance: Callable[[float, int], dict[str, Any]] = lambda s, count: {"guidance_scale": s}
     batched_cfg: bool = True
 
 
@@ -229,6 +232,11 @@ def _flux_rows(pipe: Any, call: Call, previous: Tensor | None) -> tuple[str, ...
     return (UNCOND if call.hidden_states is previous else COND,) * call.batch
 
 
+def _flux_guidance(s: float, count: int) -> dict[str, Any]:
+    # `guidance_scale` is the distilled one; without a negative prompt `true_cfg_scale` is silently ignored
+    return {"true_cfg_scale": s, "negative_prompt": [""] * count} if s > 1 else {}
+
+
 def _dit_rows(pipe: Any, call: Call, previous: Tensor | None) -> tuple[str, ...]:
     half, null_class = call.batch // 2, 1000  # hard-coded in DiTPipeline
     labels = call.class_labels
@@ -240,7 +248,7 @@ def _dit_rows(pipe: Any, call: Call, previous: Tensor | None) -> tuple[str, ...]
 # by the beginning of the class name, so that image-to-image and inpainting variants share a row
 PIPELINES: dict[str, Pipeline] = {
     "StableDiffusion3": Pipeline("prompt", _sd3_rows),
-    "Flux": Pipeline("prompt", _flux_rows, batched_cfg=False),
+    "Flux": Pipeline("prompt", _flux_rows, _flux_guidance, batched_cfg=False),
     "DiT": Pipeline("class_labels", _dit_rows),
 }
 

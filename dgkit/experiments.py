@@ -186,7 +186,12 @@ def intervene(
     Settings: "original"; "massive" (dims zeroed); "mean" (dims set to their token mean); "matched" (non-massive
     channels of as much magnitude zeroed); "random 1" .. "random `draws`" (as many other channels zeroed, the paper's
     control).
+
+    Raises:
+        DgkitError: `draws` is not a positive integer, or as for `dgkit.disrupt`.
     """
+    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
+        raise DgkitError(f"random_draws={draws!r} is not allowed: give an integer, 1 or above")
     edits: dict[str, dict[str, Any]] = {
         "massive": {"dims": dims},
         "mean": {"dims": dims, "kind": "mean"},
@@ -205,8 +210,9 @@ def image_effects(images: Mapping[str, Images], baseline: str, conditions: Seque
     """Per image and setting, what differs from the paired image of `baseline`.
 
     Columns: low_error, high_error (relative squared error below and above 1/8 cycles/pixel), sharpness_ratio (variance
-    of the Laplacian over the baseline's), high_frequency_change (difference of the energy share above 1/4 cycles/pixel),
-    and with `conditions` (Fashion-MNIST classes) class_agreement (1 where the classifier sees the class asked for).
+    of the Laplacian over the baseline's), high_frequency_change (difference of the energy share above 1/4
+    cycles/pixel), and with `conditions` (Fashion-MNIST classes) class_agreement (1 where the classifier sees the class
+    asked for).
     Settings named "random 1", "random 2", ... are averaged per image into one setting "random".
     """
     reference = images[baseline]
@@ -313,12 +319,14 @@ def guidance_settings(w: float, guidance_scale: float, block: int, dims: Sequenc
 
 
 def guidance_values(runs: Mapping[str, GuidedRun], conditions: Sequence[Any] | None) -> dict[str, Any]:
-    """What Fig. 6 and 7 show, as numbers: effects against no guidance, CFG + DG against CFG, and costs."""
+    """What Fig. 6 and 7 show, as numbers: effects against no guidance, DG's own (alone, beside CFG), and costs."""
     effects = image_effects({name: run.images for name, run in runs.items()}, "none", conditions)
     values: dict[str, Any] = summarise(effects)
     values |= {f"{name}.cost": run.cost_ratio for name, run in runs.items()}
     measures = [column for column in effects.columns if column not in ("setting", "image")]
-    return values | {f"contrast.cfg.{m}": contrast(effects, "CFG+DG", "CFG", m) for m in measures}
+    for name, a, b in (("none", "DG", "none"), ("cfg", "CFG+DG", "CFG")):
+        values |= {f"contrast.{name}.{m}": contrast(effects, a, b, m) for m in measures}
+    return values
 
 
 def ablation_settings(
@@ -330,6 +338,12 @@ def ablation_settings(
         "w": {value: Setting(w=value, block=block, dims=dims) for value in w_values},
         "lambda": {value: Setting(value + 1, w, block, dims) for value in lambda_values},
     }
+
+
+def cost_table(runs: Mapping[str, GuidedRun]) -> pd.DataFrame:
+    """What each run cost in block evaluations, and relative to full passes for every branch."""
+    columns = {"block evaluations": "block_evaluations", "of full passes": "cost_ratio"}
+    return pd.DataFrame({c: {name: getattr(run, a) for name, run in runs.items()} for c, a in columns.items()})
 
 
 def sweep(runs: Mapping[Any, GuidedRun], baseline: Images, conditions: Sequence[Any] | None) -> pd.DataFrame:
@@ -376,58 +390,69 @@ def table_6_settings(w: float, block: int, dims: Sequence[int]) -> dict[str, tup
     return {"uncond": (plain, False), "uncond+DG": (guided, False), "cond": (plain, True), "cond+DG": (guided, True)}
 
 
-def table_6(
-    pipe: Any,
-    settings: Mapping[str, tuple[Setting, bool]],
-    count: int,
-    seeds: Sequence[int],
-    steps: int,
-    imagenet_features: bool = False,
-) -> pd.DataFrame:
-    """Table 6 in small, on Fashion-MNIST: one row per (setting, seed block).
-
-    Columns: frechet (distance of the shipped classifier's 64 features to those of the training set), is (inception
-    score with the classifier's probabilities), precision, recall (Kynkaanniemi et al. 2019, k = 3, against the shipped
-    sample of real features), and with `imagenet_features` frechet_efficientnet (EfficientNet-Lite0's 1280 features,
-    against as many real test images as were generated).
+def table_6_images(
+    pipe: Any, settings: Mapping[str, tuple[Setting, bool]], count: int, seeds: Sequence[int], steps: int
+) -> dict[tuple[str, int], Images]:
+    """Images of every (setting, seed block) of Table 6.
 
     Args:
-        pipe: a class-conditional pipeline of the Fashion-MNIST classes.
+        pipe: a class-conditional pipeline.
         settings: name to (guidance setting, conditional?); unconditional sampling uses DiT's null class.
         count: images per seed block.
         seeds: one per seed block.
         steps: sampling steps.
-        imagenet_features: whether to measure frechet_efficientnet too.
     """
-    classifier = fashion_classifier()
-    real = load_file(DATA / "reference" / "fashion-mnist.safetensors")
-    real_efficientnet = _real_efficientnet_features(count) if imagenet_features else None
-    rows = []
+    images = {}
     for name, (setting, conditional) in settings.items():
         for seed in seeds:
             run = samples(pipe, count, seed, steps)
             if not conditional:
                 run = replace(run, conditions=[1000] * count)
-            images = guide(pipe, run, setting).images
-            features = classifier.features(images)
-            score = precision_recall(real["sample"], features)
-            row = {
+            images[name, seed] = guide(pipe, run, setting).images
+    return images
+
+
+def table_6(images: Mapping[tuple[str, int], Images]) -> pd.DataFrame:
+    """Table 6 in small, on Fashion-MNIST: one row per (setting, seed block).
+
+    Columns: frechet (distance of the shipped classifier's 64 features to those of the training set), is (inception
+    score with the classifier's probabilities), precision, recall (Kynkaanniemi et al. 2019, k = 3, against the shipped
+    sample of real features).
+    """
+    classifier = fashion_classifier()
+    real = load_file(DATA / "reference" / "fashion-mnist.safetensors")
+    rows = []
+    for (name, seed), batch in images.items():
+        features = classifier.features(batch)
+        score = precision_recall(real["sample"], features)
+        rows.append(
+            {
                 "setting": name,
                 "seed": seed,
                 "frechet": frechet_distance_to(features, real["mean"], real["covariance"]),
-                "is": inception_score(classifier(images)),
+                "is": inception_score(classifier(batch)),
                 "precision": score.precision,
                 "recall": score.recall,
             }
-            if real_efficientnet is not None:
-                row["frechet_efficientnet"] = frechet_distance(real_efficientnet, efficientnet_features(images))
-            rows.append(row)
+        )
     return pd.DataFrame(rows)
 
 
-def _real_efficientnet_features(count: int) -> Any:
-    images, _ = fashion_mnist("test")
-    return efficientnet_features(as_samples(images[:count]))
+def efficientnet_values(images: Mapping[tuple[str, int], Images]) -> dict[str, float]:
+    """Frechet distance of EfficientNet-Lite0's 1280 features, "SETTING.frechet_efficientnet", over all seed blocks.
+
+    Against as many real test images, which need the data set. With fewer images than features the covariance is not
+    of full rank and the distance mostly bias, so use 2,000 or more.
+    """
+    union: dict[str, list[Images]] = {}
+    for (name, _), batch in images.items():
+        union.setdefault(name, []).append(batch)
+    count = sum(len(batch) for batch in next(iter(union.values())))
+    real = efficientnet_features(as_samples(fashion_mnist("test")[0][:count]))
+    return {
+        f"{name}.frechet_efficientnet": frechet_distance(real, efficientnet_features(np.concatenate(batches)))
+        for name, batches in union.items()
+    }
 
 
 def table_6_values(table: pd.DataFrame) -> dict[str, Any]:

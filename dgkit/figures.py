@@ -243,8 +243,8 @@ def sweep(tables: Mapping[str, pd.DataFrame], measures: Sequence[str]) -> Figure
 def table_6(table: pd.DataFrame) -> Figure:
     """Every seed block of every row of Table 6, one panel per measure (columns setting, seed, then the measures)."""
     measures = [column for column in table.columns if column not in ("setting", "seed")]
-    figure, axes = plt.subplots(1, len(measures), figsize=(WIDTH, 2.6), sharey=True)
-    for ax, measure in zip(axes, measures, strict=True):
+    figure, axes = plt.subplots(1, len(measures), figsize=(WIDTH, 2.6), sharey=True, squeeze=False)
+    for ax, measure in zip(axes[0], measures, strict=True):
         sns.stripplot(table, x=measure, y="setting", hue="setting", ax=ax, jitter=False, size=7, legend=False)
         ax.set(ylabel="", xlabel=LABELS.get(measure, measure))
         ax.grid(axis="x", alpha=0.4)

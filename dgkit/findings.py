@@ -1,6 +1,7 @@
-"""One plain sentence per notebook, made from its measured numbers, whichever way they went."""
+"""One plain sentence per notebook, made from its measured numbers, and the verdict on the paper's claim."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from dgkit.stats import Interval
@@ -26,9 +27,11 @@ def layer_properties(v: Values) -> str:
     """Section 4.1: do massive activations occur in all layers, at fixed dims, over all tokens?"""
     where = f"{v['blocks_with_massive']} of {v['blocks']} blocks"
     if v["blocks_with_massive"] == 0:
+        against = "above" if v["largest.ratio"] > v["threshold"] else "not above"
         return (
             f"No channel of {v['model']} is massive: the largest, channel {v['largest.dim']} of block "
-            f"{v['largest.block']}, reaches {v['largest.ratio']:.1f} times its block's median, below the threshold of {v['threshold']:g}."
+            f"{v['largest.block']}, reaches {v['largest.ratio']:.1f} times its block's median, {against} the threshold "
+            f"of {v['threshold']:g}, with massive values in {v['largest.token_share']:.0%} of the image tokens."
         )
     fixed = (
         f"at fixed dims ({_listed(v['fixed_dims'])} in more than half of the blocks)"
@@ -51,9 +54,9 @@ def timestep_vs_text(v: Values) -> str:
     return (
         f"At block {v['block']} of {v['model']}, the timestep explains {v['share.timestep']:.2f} and the condition "
         f"{v['share.condition']:.2f} of the variance of channel {v['dim']}'s magnitude (the larger share: {leads}), "
-        f"which {direction} from noise to image (ratio {v['trend']:.2f}; the paper: grows, by timestep); the residual gate's "
-        f"largest channel is z's largest in {v['gates.same_largest']} of {v['gates.count']} gates, with a median rank "
-        f"correlation of {v['gates.rank_correlation']:.2f}."
+        f"which {direction} from noise to image (ratio {v['trend']:.2f}; the paper: grows, by timestep); the residual "
+        f"gate's largest channel is z's largest in {v['gates.same_largest']} of {v['gates.count']} gates, with a "
+        f"median rank correlation of {v['gates.rank_correlation']:.2f}."
     )
 
 
@@ -64,8 +67,8 @@ def intervention(v: Values) -> str:
     sharp = _side(v["massive.sharpness_ratio"], 1.0, "sharper", "smoother")
     text = (
         f"Zeroing channel{'s' * (len(v['dims']) > 1)} {_listed(v['dims'])} after block {v['block']} of {v['model']} "
-        f"leaves a relative error of {v['massive.low_error']:.3f} at low and {v['massive.high_error']:.3f} at high spatial "
-        f"frequencies ({ratio:.0f} times as much), {detail} than zeroing as many random channels does "
+        f"leaves a relative error of {v['massive.low_error']:.3f} at low and {v['massive.high_error']:.3f} at high "
+        f"spatial frequencies ({ratio:.1f} times as much), {detail} than zeroing as many random channels does "
         f"(high: {v['random.high_error']:.3f}), and makes the images {sharp} (sharpness ratio "
         f"{v['massive.sharpness_ratio']:.2f})"
     )
@@ -118,11 +121,12 @@ def imagenet(v: Values) -> str:
     """Appendix H: does DG improve class-conditional and unconditional generation?"""
     rows = []
     for kind in ("uncond", "cond"):
-        change = v[f"{kind}.frechet_change"]
-        rows.append(f"{_side(change, 0.0, 'raises', 'lowers')} the Frechet distance by {change:+.3g} ({kind}itional)")
+        change = v[f"{kind}.frechet_change"]  # its ends are the extreme seed blocks, too few for a confidence interval
+        way = "rises" if change.low > 0 else "falls" if change.high < 0 else "does not move the same way"
+        rows.append(f"the {kind}itional Frechet distance {way} in every seed block ({change:+.3g})")
     return (
         f"On {v['model']} ({v['count']} images per seed block, Fashion-MNIST in place of ImageNet, another network's "
-        f"features, so no FID) DG at w = {v['w']:g} " + " and ".join(rows) + "; the paper reports lower FID for both."
+        f"features, so no FID) with DG at w = {v['w']:g} {' and '.join(rows)}; the paper reports lower FID for both."
     )
 
 
@@ -133,4 +137,65 @@ FINDINGS: dict[str, Callable[[Values], str]] = {
     "04_detail_guidance": detail_guidance,
     "05_ablations": ablations,
     "06_imagenet": imagenet,
+}
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the paper says in one section, and when a model's numbers bear it out."""
+
+    text: str
+    holds: Callable[[Values], bool]
+
+    def verdict(self, values: Values) -> str:
+        """ "reproduced" when every part of the claim holds with its whole interval, else "not reproduced"."""
+        return "reproduced" if self.holds(values) else "not reproduced"
+
+
+_AGREEMENT_CHANGES = ("contrast.none.class_agreement", "contrast.cfg.class_agreement")
+
+CLAIMS: dict[str, Claim] = {
+    "01_layer_properties": Claim(
+        "massive activations occur in every block, at fixed dims, and in at least 90 % of the image tokens",
+        lambda v: (
+            v["blocks_with_massive"] == v["blocks"] and len(v["fixed_dims"]) > 0 and v["largest.token_share"] >= 0.9
+        ),
+    ),
+    "02_timestep_vs_text": Claim(
+        "the timestep explains more of the magnitude than the condition does, the magnitude grows towards the image, "
+        "and most gates peak at z's largest channel",
+        lambda v: (
+            v["share.timestep"].low > v["share.condition"].high
+            and v["trend"].low > 1
+            and 2 * v["gates.same_largest"] > v["gates.count"]
+        ),
+    ),
+    "03_intervention": Claim(
+        "disrupting massive activations changes high frequencies more than low ones and more than as many random "
+        "channels do, and makes images smoother",
+        lambda v: (
+            v["massive.high_error"].low > v["massive.low_error"].high
+            and v["contrast.high_error"].low > 0
+            and v["massive.sharpness_ratio"].high < 1
+        ),
+    ),
+    "04_detail_guidance": Claim(
+        "DG adds high-frequency energy, alone and beside CFG, and the class stays as recognisable",
+        lambda v: (
+            v["DG.high_frequency_change"].low > 0
+            and v["contrast.cfg.high_frequency_change"].low > 0
+            and all(v[key].high >= 0 for key in _AGREEMENT_CHANGES if key in v)
+        ),
+    ),
+    "05_ablations": Claim(
+        "DG acts most strongly at an intermediate block and least at the last",
+        lambda v: (
+            0 < v["block.strongest"] < v["blocks"] - 1
+            and v["block.last_ratio"] == min(v["block.sharpness_ratio"][:, 1])
+        ),
+    ),
+    "06_imagenet": Claim(
+        "DG lowers the Frechet distance, unconditionally and conditionally, in every seed block",
+        lambda v: v["uncond.frechet_change"].high < 0 and v["cond.frechet_change"].high < 0,
+    ),
 }

@@ -28,6 +28,10 @@ class Gates:
         """Mean |alpha| of one gate, (C,)."""
         return self.mean_abs[self.rows.index((block, branch))]
 
+    def branches(self, block: int) -> dict[str, Tensor]:
+        """Mean |alpha| (C,) of each gate of one block, by branch."""
+        return {branch: self.of(b, branch) for b, branch in self.rows if b == block}
+
     def table(self) -> pd.DataFrame:
         """One row per (block, branch, channel)."""
         channels = self.mean_abs.shape[1]

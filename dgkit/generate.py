@@ -30,7 +30,7 @@ def generate(
         conditions: prompts, or class ids for `DiTPipeline`.
         seeds: one per condition.
         num_inference_steps: sampling steps.
-        guidance_scale: s of u + s (c - u); 1 for no CFG.
+        guidance_scale: s of u + s (c - u); 1 for no CFG. For Flux it is the `true_cfg_scale`.
         batch_size: images per call of the pipeline.
         call: further arguments of the pipeline's call.
 
@@ -54,7 +54,7 @@ def generate(
             **{row.condition: list(conditions[batch])},
             generator=[torch.Generator().manual_seed(int(seed)) for seed in seeds[batch]],
             num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
+            **row.guidance(guidance_scale, len(seeds[batch])),
             output_type="np",
             **call,
         )

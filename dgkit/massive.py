@@ -119,10 +119,11 @@ def channel_ratio(mean_abs: Tensor) -> Tensor:
 
 
 def matched_dims(trace: Trace, block: int, dims: list[int], *, label: str | None = None) -> list[int]:
-    """Non-massive channels that together carry as much magnitude at `block` as `dims` do.
+    """Other channels that together carry as much magnitude at `block` as `dims` do.
 
     The paper's control zeroes as *many* random channels; this one zeroes as much *magnitude*: the largest channels
-    outside `dims`, in order, until their summed squared mean |z| reaches that of `dims` (or channels run out).
+    outside `dims` (massive ones too, if `dims` leaves some out), in order, until their summed squared mean |z| reaches
+    that of `dims` (or channels run out).
     """
     energy = trace.mean_abs(label)[trace.anatomy.block(block).index].square()
     wanted = energy[trace.anatomy.dims(dims)].sum()

@@ -47,6 +47,10 @@ class Record:
             raise DgkitError(f"key={key!r} is not in result {self.name!r}: it holds {', '.join(self.values)}")
         return _decoded(self.values[key])
 
+    def decoded(self) -> dict[str, Any]:
+        """All values, as by `record[key]`."""
+        return {key: _decoded(value) for key, value in self.values.items()}
+
 
 class Result:
     """The numbers of one run, collected under names and saved with their provenance.
@@ -60,15 +64,15 @@ class Result:
         parameters: The notebook's parameters; "model" is required.
 
     Raises:
-        DgkitError: `parameters` lacks "model" or holds something that JSON cannot, or a weight has no data because of
+        DgkitError: `parameters` lack "model" or holds something that JSON cannot, or a weight has no data because of
             sequential offload.
     """
 
-    def __init__(self, name: str, pipe: Any = None, parameters: dict[str, Any] | None = None) -> None:
-        if "model" not in (parameters or {}):
+    def __init__(self, name: str, pipe: Any = None, **parameters: Any) -> None:
+        if "model" not in parameters:
             raise DgkitError(f"parameters={parameters!r} is not allowed: the key 'model' is needed")
         self.name = name
-        self.parameters = {key: _encoded(value, f"parameters[{key!r}]") for key, value in (parameters or {}).items()}
+        self.parameters = {key: _encoded(value, f"parameters[{key!r}]") for key, value in parameters.items()}
         self.block_evaluations: int | None = None
         self._values: dict[str, Any] = {}
         self._provenance = _provenance(self.parameters, pipe)
@@ -107,7 +111,7 @@ class Result:
         glued = dict(self.values)
         reference = _reference_of(self)
         if reference is not None:
-            glued |= {f"reference.{key}": reference[key] for key in reference.values}
+            glued |= {f"reference.{key}": value for key, value in reference.decoded().items()}
         for key, value in glued.items():
             if not isinstance(value, list | np.ndarray):
                 # what myst_nb.glue writes, without making Sphinx a dependency of every notebook
@@ -123,22 +127,27 @@ class Result:
                 )
 
     def conclude(self) -> Any:
-        """Save, and return as Markdown the chapter's finding for this run and for the reference run."""
+        """Save, and return as Markdown the chapter's finding: of this run, and with a verdict of the reference run."""
         from IPython.display import Markdown
 
-        from dgkit.findings import FINDINGS
+        from dgkit.findings import CLAIMS, FINDINGS
 
         sentence = FINDINGS[self.name]
         self["finding"] = sentence(self.values | self.parameters)
-        text = f"**This run.** {self['finding']}"
+        paragraphs = [f"**This run.** {self['finding']}"]
         reference = _reference_of(self)
         if reference is not None:
+            measured = reference.decoded()
             commit = (reference.provenance["commit"] or "uncommitted")[:10]
-            text += (
-                f"\n\n**Reference run** (`{reference.provenance['command']}`, commit {commit}). {reference['finding']}"
-            )
+            claim = CLAIMS[self.name]
+            paragraphs += [
+                f"**Reference run.** {sentence(measured | reference.parameters)}",
+                f"**Verdict on this model: {claim.verdict(measured)}.** The claim: {claim.text}. "
+                f"Reference run: `{reference.provenance['command']}` at commit {commit}, "
+                f"{reference.provenance['wall_seconds']:.0f} s on {reference.provenance['device']}.",
+            ]
         self.save()
-        return Markdown(text)
+        return Markdown("\n\n".join(paragraphs))
 
     def save(self) -> Path:
         """Write the result file (whole or not at all) and return its path."""

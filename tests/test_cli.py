@@ -71,7 +71,7 @@ def test_results_check_and_accept(tmp_path, monkeypatch, capsys):
 
     def measure(folder, value):
         monkeypatch.setenv("DGKIT_RESULTS_DIR", str(tmp_path / "_build" / folder))
-        result = results.Result("demo", parameters={"model": "tiny-dit"})
+        result = results.Result("demo", model="tiny-dit")
         result["x"] = value
         result.save()
 

@@ -29,7 +29,7 @@ def folders(tmp_path, monkeypatch):
 
 
 def measure(changes=None, parameters=PARAMETERS, pipe=None, name="demo"):
-    result = Result(name, pipe, parameters)
+    result = Result(name, pipe, **parameters)
     values = {
         "mse": 0.25,
         "count": 7,
@@ -160,14 +160,14 @@ def test_a_failed_save_leaves_the_earlier_file(folders, monkeypatch):
     ],
 )
 def test_values_that_cannot_be_kept_are_refused(value, message):
-    result = Result("demo", parameters=PARAMETERS)
+    result = Result("demo", **PARAMETERS)
     with pytest.raises(DgkitError, match=message):
         result["x"] = value
 
 
 def test_parameters_must_name_the_model():
     with pytest.raises(DgkitError, match="model"):
-        Result("demo", parameters={"seed": 1})
+        Result("demo", seed=1)
 
 
 @pytest.mark.parametrize(

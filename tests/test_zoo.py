@@ -148,3 +148,23 @@ def test_generate_refuses(change: dict[str, Any], words: str) -> None:
     arguments = {"conditions": [1, 2], "seeds": [1, 2], "num_inference_steps": 2} | change
     with pytest.raises(DgkitError, match=words):
         generate(pipeline("dit"), **arguments)
+
+
+def test_generate_gives_flux_its_true_cfg_with_a_negative_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    import numpy as np
+
+    class FluxPipeline:
+        calls: list[dict[str, Any]] = []
+
+        def set_progress_bar_config(self, **options: Any) -> None: ...
+
+        def __call__(self, **call: Any) -> Any:
+            self.calls.append(call)
+            return type("Output", (), {"images": np.zeros((len(call["prompt"]), 4, 4, 3))})
+
+    pipe = FluxPipeline()
+    generate(pipe, ["a", "b", "c"], [1, 2, 3], num_inference_steps=2, guidance_scale=3.0, batch_size=2)
+    generate(pipe, ["a"], [1], num_inference_steps=2)
+    assert [c.get("true_cfg_scale") for c in pipe.calls] == [3.0, 3.0, None]
+    assert [c.get("negative_prompt") for c in pipe.calls] == [["", ""], [""], None]
+    assert all("guidance_scale" not in c for c in pipe.calls)

@@ -51,7 +51,8 @@ def detail_guidance(
 
     With c and u the conditional and unconditional predictions and c_m the conditional one with `dims` of block `block`
     edited, the step uses c + w (c - c_m) without CFG (Eq. 4) and u + s (c - u) + w (c - c_m) with the pipeline's own
-    CFG at `guidance_scale` s, where s = lambda + 1 in terms of Eq. 5. In DiT the noise is guided, the learned sigma is not.
+    CFG at `guidance_scale` s, where s = lambda + 1 in terms of Eq. 5. In DiT the noise is guided, the learned sigma is
+    not.
 
     Args:
         pipe: a `DiTPipeline`, `StableDiffusion3Pipeline` or `FluxPipeline` (also with `true_cfg_scale`).

@@ -1,0 +1,306 @@
+"""The closing sentence of each notebook: it says what the numbers say, and no more."""
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dgkit import findings
+from dgkit.stats import Interval
+
+
+def around(value, half=0.01):
+    """An interval about `value`."""
+    return Interval(value, value - half, value + half)
+
+
+LAYERS = {
+    "model": "tiny-dit", "blocks": 8, "threshold": 5.0, "blocks_with_massive": 6, "fixed_dims": [17, 93],
+    "largest.block": 7, "largest.dim": 93, "largest.ratio": 41.26, "largest.token_share": 0.98,
+}  # fmt: skip
+TIME = {
+    "model": "tiny-dit", "block": 2, "dim": 93, "share.timestep": around(0.81), "share.condition": around(0.07),
+    "trend": around(1.93), "gates.same_largest": 5, "gates.count": 16, "gates.rank_correlation": 0.37,
+}  # fmt: skip
+INTERVENTION = {
+    "model": "tiny-dit", "block": 2, "dims": [93], "massive.low_error": around(0.05), "massive.high_error": around(0.4),
+    "random.high_error": around(0.123), "contrast.high_error": around(0.277), "massive.sharpness_ratio": around(0.62),
+}  # fmt: skip
+GUIDANCE = {
+    "model": "tiny-dit", "block": 2, "w": 1.5, "DG.high_frequency_change": around(0.0312, 0.001),
+    "contrast.cfg.high_frequency_change": around(0.0123, 0.001), "DG.cost": 0.8125, "CFG+DG.cost": 0.875,
+}  # fmt: skip
+ABLATIONS = {
+    "model": "tiny-dit", "blocks": 8, "block.strongest": 3, "block.strongest_ratio": 1.42, "block.last_ratio": 1.03,
+    "w.rank_correlation": 0.91, "lambda.rank_correlation": -0.83,
+}  # fmt: skip
+TABLE_6 = {
+    "model": "tiny-dit", "count": 50, "w": 1.5,
+    "uncond.frechet_change": Interval(-3.21, -4.5, -1.25), "cond.frechet_change": Interval(2.5, 1.5, 3.75),
+}  # fmt: skip
+CASES = {
+    "01_layer_properties": LAYERS,
+    "02_timestep_vs_text": TIME,
+    "03_intervention": INTERVENTION,
+    "04_detail_guidance": GUIDANCE,
+    "05_ablations": ABLATIONS,
+    "06_imagenet": TABLE_6,
+}
+
+
+def test_one_finding_per_notebook():
+    assert findings.FINDINGS.keys() == CASES.keys()
+
+
+@pytest.mark.parametrize("notebook", CASES)
+def test_every_finding_is_one_sentence_about_the_model(notebook):
+    sentence = findings.FINDINGS[notebook](CASES[notebook])
+    assert sentence.endswith(".") and "tiny-dit" in sentence
+    assert ". " not in sentence.replace("Fig. ", "") and "\n" not in sentence and "nan" not in sentence
+
+
+@pytest.mark.parametrize(
+    ("notebook", "name"),
+    # the threshold is told only where nothing reaches it (below)
+    [(n, key) for n, values in CASES.items() for key in values if key != "threshold"],
+)
+def test_a_missing_number_is_an_error(notebook, name):
+    values = {key: value for key, value in CASES[notebook].items() if key != name}
+    with pytest.raises(KeyError, match=re.escape(name)):
+        findings.FINDINGS[notebook](values)
+
+
+def test_massive_at_fixed_dims():
+    sentence = findings.layer_properties(LAYERS)
+    for part in ("in 6 of 8 blocks", "fixed dims (17 and 93 in", "channel 93 of block 7", "41.3 times", "98% of"):
+        assert part in sentence
+
+
+def test_massive_without_fixed_dims():
+    sentence = findings.layer_properties(LAYERS | {"fixed_dims": []})
+    assert "in 6 of 8 blocks" in sentence and "at no dim that is massive" in sentence and "at fixed" not in sentence
+
+
+def test_nothing_massive():
+    none = LAYERS | {"blocks_with_massive": 0, "fixed_dims": [], "largest.ratio": 3.14}
+    sentence = findings.layer_properties(none)
+    assert sentence.startswith("No channel of tiny-dit is massive") and "massive activations occur" not in sentence
+    assert "reaches 3.1 times" in sentence and "not above the threshold of 5" in sentence
+    del none["threshold"]
+    with pytest.raises(KeyError, match="threshold"):
+        findings.layer_properties(none)
+
+
+def test_large_on_too_few_tokens_is_not_said_to_be_below_the_threshold():
+    few = LAYERS | {"blocks_with_massive": 0, "fixed_dims": [], "largest.ratio": 8.0, "largest.token_share": 0.25}
+    sentence = findings.layer_properties(few)
+    assert "reaches 8.0 times" in sentence and ", above the threshold of 5" in sentence
+    assert "25% of the image tokens" in sentence
+
+
+@pytest.mark.parametrize(
+    ("trend", "said"),
+    [
+        (Interval(1.93, 1.7, 2.2), "which grows from"),
+        (Interval(0.52, 0.4, 0.6), "which shrinks from"),
+        (Interval(1.1, 0.9, 1.3), "which neither grows nor shrinks beyond chance from"),
+        (Interval(1.0, 1.0, 1.0), "which neither grows nor shrinks beyond chance from"),
+        (Interval(1.2, 1.0, 1.4), "which neither grows nor shrinks beyond chance from"),
+    ],
+)
+def test_trend_over_time(trend, said):
+    sentence = findings.timestep_vs_text(TIME | {"trend": trend})
+    assert said in sentence and f"ratio {trend:.2f}" in sentence
+
+
+@pytest.mark.parametrize(
+    ("timestep", "condition", "leads"),
+    [
+        (Interval(0.8, 0.7, 0.9), Interval(0.1, 0.0, 0.2), "timestep"),
+        (Interval(0.1, 0.0, 0.2), Interval(0.8, 0.7, 0.9), "condition"),
+        (Interval(0.5, 0.3, 0.7), Interval(0.3, 0.1, 0.4), "neither clearly"),
+        (Interval(0.3, 0.1, 0.4), Interval(0.5, 0.3, 0.7), "neither clearly"),
+        (Interval(0.5, 0.4, 0.6), Interval(0.3, 0.2, 0.4), "neither clearly"),
+    ],
+)
+def test_the_larger_share_is_named_only_where_the_intervals_part(timestep, condition, leads):
+    sentence = findings.timestep_vs_text(TIME | {"share.timestep": timestep, "share.condition": condition})
+    assert f"(the larger share: {leads})" in sentence
+    assert f"{timestep:.2f}" in sentence and f"{condition:.2f}" in sentence
+
+
+def test_gate_agreement_is_told():
+    sentence = findings.timestep_vs_text(TIME)
+    assert "in 5 of 16 gates" in sentence and "correlation of 0.37" in sentence and "channel 93" in sentence
+
+
+UNDECIDED = Interval(0.1, -0.1, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("difference", "said"),
+    [
+        (Interval(0.3, 0.2, 0.4), ", more than zeroing"),
+        (Interval(-0.3, -0.4, -0.2), ", less than zeroing"),
+        (UNDECIDED, ", neither more nor less beyond chance than zeroing"),
+    ],
+)
+def test_massive_against_random(difference, said):
+    assert said in findings.intervention(INTERVENTION | {"contrast.high_error": difference})
+
+
+@pytest.mark.parametrize(
+    ("ratio", "said"),
+    [
+        (Interval(1.5, 1.2, 1.7), "images sharper (sharpness ratio 1.50 [1.20, 1.70])"),
+        (Interval(0.5, 0.4, 0.7), "images smoother (sharpness ratio 0.50 [0.40, 0.70])"),
+        (Interval(0.9, 0.7, 1.1), "images neither sharper nor smoother beyond chance"),
+    ],
+)
+def test_sharpness_after_the_intervention(ratio, said):
+    assert said in findings.intervention(INTERVENTION | {"massive.sharpness_ratio": ratio})
+
+
+def test_intervention_numbers():
+    sentence = findings.intervention(INTERVENTION)
+    for part in ("Zeroing channel 93 after block 2", "0.050 [0.040, 0.060]", "0.400 [0.390, 0.410]", "(8.0 times"):
+        assert part in sentence
+    assert "high: 0.123 [0.113, 0.133]" in sentence and "classifier" not in sentence
+    assert "Zeroing channels 1, 2 and 3 after" in findings.intervention(INTERVENTION | {"dims": [1, 2, 3]})
+    small = findings.intervention(INTERVENTION | {"massive.low_error": around(0.8)})
+    assert "(0.5 times as much)" in small
+
+
+def test_intervention_tells_the_classifier_only_where_it_can_judge():
+    agreement = {"massive.class_agreement": around(0.75), "original.class_agreement": around(0.92)}
+    assert "in 75% of them, against 92% of the originals." in findings.intervention(INTERVENTION | agreement)
+    with pytest.raises(KeyError, match="original.class_agreement"):
+        findings.intervention(INTERVENTION | {"massive.class_agreement": around(0.75)})
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (Interval(0.02, 0.01, 0.03), "more"),
+        (Interval(-0.02, -0.03, -0.01), "less"),
+        (UNDECIDED, "neither more nor less beyond chance"),
+    ],
+)
+def test_detail_guidance_alone_and_beside_cfg(change, word):
+    alone = findings.detail_guidance(GUIDANCE | {"DG.high_frequency_change": change})
+    assert f"DG alone gives {word} high-frequency energy (share {change:+.4f})" in alone
+    assert "CFG + DG more than" in alone
+    beside = findings.detail_guidance(GUIDANCE | {"contrast.cfg.high_frequency_change": change})
+    assert f"CFG + DG {word} than CFG ({change:+.4f})" in beside and "DG alone gives more" in beside
+
+
+def test_detail_guidance_numbers():
+    sentence = findings.detail_guidance(GUIDANCE)
+    assert "w = 1.5 at block 2" in sentence and "costs 0.81 (DG) and 0.88 (CFG + DG)" in sentence
+    names = {"none": 0.61, "DG": 0.72, "CFG": 0.83, "CFG+DG": 0.94}
+    judged = findings.detail_guidance(GUIDANCE | {f"{k}.class_agreement": around(v) for k, v in names.items()})
+    assert "in 61% without guidance, 72% with DG, 83% with CFG and 94% with both" in judged
+
+
+@pytest.mark.parametrize(("strongest", "middle"), [(0, "an outer"), (1, "an intermediate"), (7, "an outer")])
+def test_strongest_block(strongest, middle):
+    sentence = findings.ablations(ABLATIONS | {"block.strongest": strongest})
+    assert f"at block {strongest} (m = {strongest + 1} of 8, {middle} block" in sentence
+    assert "ratio of 1.42, against 1.03 at the last block" in sentence
+
+
+@pytest.mark.parametrize(
+    ("correlation", "said"),
+    [(0.9, "rises"), (-0.9, "falls"), (0.3, "has no clear trend"), (-0.3, "has no clear trend"),
+     (float("nan"), "has no clear trend")],
+)  # fmt: skip
+def test_trends_of_the_sweeps(correlation, said):
+    both = findings.ablations(ABLATIONS | {"w.rank_correlation": correlation, "lambda.rank_correlation": correlation})
+    assert f"sharpness {said} (rank correlation {correlation:+.2f}) with w and {said}" in both
+    assert both.endswith(f"{said} (rank correlation {correlation:+.2f}) with lambda.")
+
+
+@pytest.mark.parametrize("kind", ["uncond", "cond"])
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (Interval(-3.0, -4.0, -2.0), "falls in every seed block (-3 [-4, -2])"),
+        (Interval(3.0, 2.0, 4.0), "rises in every seed block (+3 [+2, +4])"),
+        (Interval(-1.0, -2.0, 0.5), "does not move the same way in every seed block (-1 [-2, +0.5])"),
+        (Interval(1.0, -0.5, 2.0), "does not move the same way in every seed block (+1 [-0.5, +2])"),
+    ],
+)
+def test_frechet_change(kind, change, said):
+    sentence = findings.imagenet(TABLE_6 | {f"{kind}.frechet_change": change})
+    assert f"the {kind}itional Frechet distance {said}" in sentence
+    assert "50 images per seed block" in sentence and "w = 1.5" in sentence and "no FID" in sentence
+
+
+# verdicts -------------------------------------------------------------------------------------------------------------
+
+HOLDS: dict[str, dict[str, Any]] = {
+    "01_layer_properties": {"blocks": 8, "blocks_with_massive": 8, "fixed_dims": [7], "largest.token_share": 0.95},
+    "02_timestep_vs_text": {
+        "share.timestep": Interval(0.8, 0.7, 0.9),
+        "share.condition": Interval(0.1, 0.05, 0.2),
+        "trend": Interval(2, 1.5, 2.5),
+        "gates.same_largest": 9,
+        "gates.count": 16,
+    },
+    "03_intervention": {
+        "massive.high_error": Interval(0.5, 0.4, 0.6),
+        "massive.low_error": Interval(0.1, 0.05, 0.2),
+        "contrast.high_error": Interval(0.2, 0.1, 0.3),
+        "massive.sharpness_ratio": Interval(0.7, 0.6, 0.8),
+    },
+    "04_detail_guidance": {
+        "DG.high_frequency_change": Interval(0.2, 0.1, 0.3),
+        "contrast.cfg.high_frequency_change": Interval(0.2, 0.1, 0.3),
+        "contrast.none.class_agreement": Interval(0.1, 0.0, 0.2),
+        "contrast.cfg.class_agreement": Interval(-0.1, -0.2, 0.1),
+    },
+    "05_ablations": {
+        "blocks": 3,
+        "block.strongest": 1,
+        "block.last_ratio": 1.1,
+        "block.sharpness_ratio": np.array([[0, 1.2, 1, 2], [1, 1.5, 1, 2], [2, 1.1, 1, 2]]),
+    },
+    "06_imagenet": {"uncond.frechet_change": Interval(-2, -3, -1), "cond.frechet_change": Interval(-2, -3, -1)},
+}
+FAILS: list[tuple[str, str, Any]] = [
+    ("01_layer_properties", "blocks_with_massive", 7),
+    ("01_layer_properties", "fixed_dims", []),
+    ("01_layer_properties", "largest.token_share", 0.8),
+    ("02_timestep_vs_text", "share.timestep", Interval(0.3, 0.15, 0.9)),
+    ("02_timestep_vs_text", "trend", Interval(1.1, 0.9, 1.3)),
+    ("02_timestep_vs_text", "gates.same_largest", 8),
+    ("03_intervention", "massive.low_error", Interval(0.1, 0.05, 0.45)),
+    ("03_intervention", "contrast.high_error", Interval(0.1, -0.1, 0.3)),
+    ("03_intervention", "massive.sharpness_ratio", Interval(0.9, 0.8, 1.1)),
+    ("04_detail_guidance", "DG.high_frequency_change", Interval(0.1, -0.1, 0.3)),
+    ("04_detail_guidance", "contrast.cfg.high_frequency_change", Interval(-0.1, -0.2, -0.05)),
+    ("04_detail_guidance", "contrast.cfg.class_agreement", Interval(-0.3, -0.4, -0.1)),
+    ("05_ablations", "block.strongest", 2),
+    ("05_ablations", "block.last_ratio", 1.3),
+    ("06_imagenet", "cond.frechet_change", Interval(-2, -3, 0.5)),
+]
+
+
+def test_every_finding_has_a_claim() -> None:
+    assert list(findings.CLAIMS) == list(findings.FINDINGS) == list(HOLDS)
+
+
+@pytest.mark.parametrize("name", HOLDS)
+def test_verdict_holds(name: str) -> None:
+    assert findings.CLAIMS[name].verdict(HOLDS[name]) == "reproduced"
+
+
+@pytest.mark.parametrize(("name", "key", "value"), FAILS)
+def test_one_part_that_does_not_hold_is_enough(name: str, key: str, value: Any) -> None:
+    assert findings.CLAIMS[name].verdict(HOLDS[name] | {key: value}) == "not reproduced"
+
+
+def test_the_class_is_judged_only_where_it_was_measured() -> None:
+    values = {k: v for k, v in HOLDS["04_detail_guidance"].items() if "agreement" not in k}
+    assert findings.CLAIMS["04_detail_guidance"].verdict(values) == "reproduced"
