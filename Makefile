@@ -22,6 +22,7 @@ test: $(ENVIRONMENT)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest tests
+	rm -rf _build/results # what is compared below has to come from this run
 	$(BIN)/pytest notebooks --nbval-lax --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg
 	$(BIN)/dgkit results check
 

@@ -1,5 +1,6 @@
 """What the notebooks measure: one function per experiment of the paper, from a pipeline to plain numbers."""
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, TypeVar
@@ -127,6 +128,21 @@ def layer_values(trace: Trace, massive: Massive, threshold: float) -> dict[str, 
         "largest_ratio_by_block": ratios.amax(1),
         "mean_abs": trace.mean_abs(),
     }
+
+
+def training_history(model: str) -> pd.DataFrame:
+    """Fig. 3(b): the largest channel over its block's median along training (columns step, block, ratio, dim).
+
+    From the shipped model's own measurement; empty for a model whose training checkpoints nobody recorded here.
+    """
+    recorded = DATA / "models" / model / "quality.json"
+    snapshots = json.loads(recorded.read_text())["massive"] if recorded.is_file() else []
+    rows = [
+        {"step": snapshot["step"], "block": block, "ratio": ratio, "dim": dim}
+        for snapshot in snapshots
+        for block, (ratio, dim) in enumerate(zip(snapshot["ratio"], snapshot["dim"], strict=True))
+    ]
+    return pd.DataFrame(rows, columns=["step", "block", "ratio", "dim"])
 
 
 def token_maps(pipe: Any, run: Samples, block: int, dim: int, count: int = 6) -> NDArray[np.float64]:

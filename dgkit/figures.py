@@ -254,6 +254,9 @@ def table_6(table: pd.DataFrame) -> Figure:
 def over_training(ratios: pd.DataFrame, threshold: float) -> Figure:
     """Largest channel over the block's median along training, one line per block (columns step, block, ratio)."""
     figure, ax = plt.subplots(figsize=(WIDTH, 3.2))
+    if ratios.empty:
+        ax.text(0.5, 0.5, "no training checkpoints of this model are recorded", ha="center", transform=ax.transAxes)
+        return _closed(figure)
     sns.lineplot(ratios, x="step", y="ratio", hue="block", palette="viridis", marker="o", ax=ax)
     ax.axhline(threshold, color="black", linestyle="--", linewidth=0.8)
     ax.set(xlabel="training step", ylabel="largest channel / block median", xscale="log", yscale="log")

@@ -1,10 +1,11 @@
 """Experiments against hooks put in by hand, closed forms and examples worked by hand."""
 
-from types import SimpleNamespace
+from types import json
 
 import numpy as np
 import pandas as pd
 import pytest
+import SimpleNamespace
 import torch
 from safetensors.numpy import load_file
 from scipy.linalg import sqrtm
@@ -673,3 +674,14 @@ def test_hooks_are_gone_after_the_experiments(pipe, run):
     experiments.guide(pipe, run.first(1), Setting(4.0, 1.0, BLOCK, DIMS))
     modules = [pipe.transformer, *(block.module for block in dissect(pipe).blocks)]
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+
+
+def test_training_history(monkeypatch, tmp_path):
+    (tmp_path / "models" / "m").mkdir(parents=True)
+    rows = [{"step": 5, "ratio": [2.0, 3.0], "dim": [1, 7]}, {"step": 9, "ratio": [4.0, 8.5], "dim": [1, 1]}]
+    (tmp_path / "models" / "m" / "quality.json").write_text(json.dumps({"massive": rows}))
+    monkeypatch.setattr(experiments, "DATA", tmp_path)
+    history = experiments.training_history("m")
+    assert history.to_numpy().tolist() == [[5, 0, 2, 1], [5, 1, 3, 7], [9, 0, 4, 1], [9, 1, 8.5, 1]]
+    assert experiments.training_history("other").empty
+    assert list(experiments.training_history("other").columns) == ["step", "block", "ratio", "dim"]

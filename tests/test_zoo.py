@@ -168,3 +168,36 @@ def test_generate_gives_flux_its_true_cfg_with_a_negative_prompt(monkeypatch: py
     assert [c.get("true_cfg_scale") for c in pipe.calls] == [3.0, 3.0, None]
     assert [c.get("negative_prompt") for c in pipe.calls] == [["", ""], [""], None]
     assert all("guidance_scale" not in c for c in pipe.calls)
+
+
+def test_the_shipped_models_preset_is_what_detection_finds_in_it() -> None:
+    """Nothing is typed that the weights do not bear out: the dims are those massive in the preset's block."""
+    from dgkit.experiments import observe, samples
+
+    pipe = dgkit.load("tiny-dit")
+    preset = zoo.MODELS["tiny-dit"].preset
+    trace = observe(pipe, samples(pipe, 20, seed=1, steps=10, guidance_scale=preset.guidance_scale))
+    assert preset.block is not None
+    assert sorted(dgkit.detect_massive(trace).in_block(preset.block)) == sorted(preset.dims or ())
+    assert zoo.preset_of(pipe) is preset
+
+
+def test_the_shipped_model_loads_and_samples_as_the_real_one() -> None:
+    """Plain diffusers, class names, CFG; bfloat16 on disk, float32 in memory."""
+    from diffusers import DiffusionPipeline, DiTPipeline
+    from safetensors import safe_open
+
+    from dgkit.paths import DATA
+
+    folder = DATA / "models" / "tiny-dit"
+    pipe = DiffusionPipeline.from_pretrained(folder)
+    assert isinstance(pipe, DiTPipeline) and pipe.labels["sneaker"] == 7 and len(pipe.labels) == 10
+    pipe.set_progress_bar_config(disable=True)
+    images = pipe(pipe.get_label_ids(["sneaker", "coat"]), guidance_scale=4.0, num_inference_steps=4).images
+    assert [image.size for image in images] == [(28, 28)] * 2
+    files = list(folder.rglob("*.safetensors"))
+    assert sum(f.stat().st_size for f in files) <= 12e6
+    for file in files:
+        with safe_open(file, "pt") as weights:
+            assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {"BF16"}  # noqa: SIM118
+    assert not list(folder.rglob("*.bin")) and not list(folder.rglob("*.pt"))
