@@ -1,11 +1,11 @@
 """Experiments against hooks put in by hand, closed forms and examples worked by hand."""
 
-from types import json
+import json
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
-import SimpleNamespace
 import torch
 from safetensors.numpy import load_file
 from scipy.linalg import sqrtm
