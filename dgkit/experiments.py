@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from typing import Any, TypeVar
 
 import numpy as np
@@ -313,10 +314,14 @@ def guide(pipe: Any, run: Samples, setting: Setting) -> GuidedRun:
     return GuidedRun(images, guidance.cost.ratio, guidance.cost.block_evaluations)
 
 
-def dg_scale(pipe: Any, scale: float | None) -> float:
-    """w: as given, else the model's preset without CFG, else 1."""
+def dg_scales(pipe: Any, scale: float | None) -> tuple[float, float]:
+    """w without and beside CFG: as given for both, else the model's preset, else 1."""
     preset = preset_of(pipe)
-    return scale if scale is not None else preset.scale if preset and preset.scale is not None else 1.0
+    if scale is not None:
+        return scale, scale
+    if preset is None or preset.scale is None or preset.scale_with_cfg is None:
+        return 1.0, 1.0
+    return preset.scale, preset.scale_with_cfg
 
 
 def guide_all(pipe: Any, run: Samples, settings: Mapping[Key, Setting]) -> dict[Key, GuidedRun]:
@@ -324,13 +329,15 @@ def guide_all(pipe: Any, run: Samples, settings: Mapping[Key, Setting]) -> dict[
     return {name: guide(pipe, run, setting) for name, setting in settings.items()}
 
 
-def guidance_settings(w: float, guidance_scale: float, block: int, dims: Sequence[int]) -> dict[str, Setting]:
+def guidance_settings(
+    w: float, w_cfg: float, guidance_scale: float, block: int, dims: Sequence[int]
+) -> dict[str, Setting]:
     """The four settings of Table 1 and Fig. 6, 7: no guidance, DG (Eq. 4), CFG (Eq. 1), CFG + DG (Eq. 5)."""
     return {
         "none": Setting(),
         "DG": Setting(w=w, block=block, dims=dims),
         "CFG": Setting(guidance_scale),
-        "CFG+DG": Setting(guidance_scale, w, block, dims),
+        "CFG+DG": Setting(guidance_scale, w_cfg, block, dims),
     }
 
 
@@ -342,17 +349,53 @@ def guidance_values(runs: Mapping[str, GuidedRun], conditions: Sequence[Any] | N
     measures = [column for column in effects.columns if column not in ("setting", "image")]
     for name, a, b in (("none", "DG", "none"), ("cfg", "CFG+DG", "CFG")):
         values |= {f"contrast.{name}.{m}": contrast(effects, a, b, m) for m in measures}
+    if conditions is not None:
+        features = {name: np.asarray(fashion_classifier().features(run.images), float) for name, run in runs.items()}
+        values |= {f"{name}.frechet": _frechet_to_real(f) for name, f in features.items()}
+        values |= {
+            f"contrast.{name}.frechet": frechet_change(features[a], features[b])
+            for name, a, b in (("none", "DG", "none"), ("cfg", "CFG+DG", "CFG"))
+        }
     return values
 
 
+def frechet_change(a: NDArray[np.float64], b: NDArray[np.float64], resamples: int = 500) -> Interval:
+    """Frechet distance of features `a` to real Fashion-MNIST minus that of the paired features `b`, (N, 64) each.
+
+    The interval is a percentile bootstrap over the pairs; both distances carry the same upward bias of N images.
+    """
+    generator = np.random.default_rng(0)
+    draws = [generator.integers(len(a), size=len(a)) for _ in range(resamples)]
+    changes = [_frechet_to_real(a[rows]) - _frechet_to_real(b[rows]) for rows in draws]
+    low, high = np.quantile(changes, [0.025, 0.975])
+    return Interval(_frechet_to_real(a) - _frechet_to_real(b), float(low), float(high))
+
+
+@cache
+def _real_features() -> dict[str, NDArray[Any]]:
+    return load_file(DATA / "reference" / "fashion-mnist.safetensors")
+
+
+def _frechet_to_real(features: Any) -> float:
+    return frechet_distance_to(features, _real_features()["mean"], _real_features()["covariance"])
+
+
 def ablation_settings(
-    pipe: Any, w: float, block: int, dims: Sequence[int], w_values: Sequence[float], lambda_values: Sequence[float]
+    pipe: Any,
+    scales: tuple[float, float],
+    block: int,
+    dims: Sequence[int],
+    w_values: Sequence[float],
+    lambda_values: Sequence[float],
 ) -> dict[str, dict[float, Setting]]:
-    """The three sweeps of Fig. 8, by the quantity on the x axis; CFG's s is lambda + 1."""
+    """The three sweeps of Fig. 8, by the quantity on the x axis; CFG's s is lambda + 1.
+
+    `scales` are w of the depth sweep (DG alone) and of the lambda sweep (beside CFG).
+    """
     return {
-        "block": {b: Setting(w=w, block=b, dims=dims) for b in range(len(dissect(pipe).blocks))},
+        "block": {b: Setting(w=scales[0], block=b, dims=dims) for b in range(len(dissect(pipe).blocks))},
         "w": {value: Setting(w=value, block=block, dims=dims) for value in w_values},
-        "lambda": {value: Setting(value + 1, w, block, dims) for value in lambda_values},
+        "lambda": {value: Setting(value + 1, scales[1], block, dims) for value in lambda_values},
     }
 
 
@@ -436,16 +479,15 @@ def table_6(images: Mapping[tuple[str, int], Images]) -> pd.DataFrame:
     sample of real features).
     """
     classifier = fashion_classifier()
-    real = load_file(DATA / "reference" / "fashion-mnist.safetensors")
     rows = []
     for (name, seed), batch in images.items():
         features = classifier.features(batch)
-        score = precision_recall(real["sample"], features)
+        score = precision_recall(_real_features()["sample"], features)
         rows.append(
             {
                 "setting": name,
                 "seed": seed,
-                "frechet": frechet_distance_to(features, real["mean"], real["covariance"]),
+                "frechet": _frechet_to_real(features),
                 "is": inception_score(classifier(batch)),
                 "precision": score.precision,
                 "recall": score.recall,

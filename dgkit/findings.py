@@ -85,15 +85,17 @@ def detail_guidance(v: Values) -> str:
     alone = _side(v["DG.high_frequency_change"], 0.0, "more", "less")
     beside = _side(v["contrast.cfg.high_frequency_change"], 0.0, "more", "less")
     text = (
-        f"With w = {v['w']:g} at block {v['block']} of {v['model']}, DG alone gives {alone} high-frequency energy "
-        f"(share {v['DG.high_frequency_change']:+.4f}) than no guidance, and CFG + DG {beside} than CFG "
-        f"({v['contrast.cfg.high_frequency_change']:+.4f})"
+        f"With w = {v['w']:g} alone and {v['w_cfg']:g} beside CFG, at block {v['block']} of {v['model']}, DG alone "
+        f"gives {alone} high-frequency energy (share {v['DG.high_frequency_change']:+.4f}) than no guidance, and "
+        f"CFG + DG {beside} than CFG ({v['contrast.cfg.high_frequency_change']:+.4f})"
     )
     if "DG.class_agreement" in v:
         text += (
             f"; the classifier agrees with the class in {v['none.class_agreement'].value:.0%} without guidance, "
             f"{v['DG.class_agreement'].value:.0%} with DG, {v['CFG.class_agreement'].value:.0%} with CFG and "
-            f"{v['CFG+DG.class_agreement'].value:.0%} with both"
+            f"{v['CFG+DG.class_agreement'].value:.0%} with both, and DG changes the Frechet distance to real images by "
+            f"{v['contrast.none.frechet']:+.2f} alone ({v['none.frechet']:.2f} without guidance) and by "
+            f"{v['contrast.cfg.frechet']:+.2f} beside CFG ({v['CFG.frechet']:.2f} with CFG)"
         )
     return text + (
         f"; replaying the shared blocks costs {v['DG.cost']:.2f} (DG) and {v['CFG+DG.cost']:.2f} (CFG + DG) of the "

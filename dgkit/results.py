@@ -104,14 +104,18 @@ class Result:
     def glue(self) -> None:
         """Show the numbers to the book under their keys (`{glue:text}` in a page); nothing visible in the notebook.
 
-        Reference numbers, where there are any, go under "reference.KEY". Arrays are left out.
+        Reference numbers, where there are any, go under "reference.KEY", with "reference.verdict". Arrays are left out.
         """
         from IPython.display import display
+
+        from dgkit.findings import CLAIMS
 
         glued = dict(self.values)
         reference = _reference_of(self)
         if reference is not None:
-            glued |= {f"reference.{key}": value for key, value in reference.decoded().items()}
+            measured = reference.decoded()
+            glued |= {f"reference.{key}": value for key, value in measured.items()}
+            glued["reference.verdict"] = CLAIMS[self.name].verdict(measured)
         for key, value in glued.items():
             if not isinstance(value, list | np.ndarray):
                 # what myst_nb.glue writes, without making Sphinx a dependency of every notebook

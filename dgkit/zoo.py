@@ -67,7 +67,7 @@ class Model:
 MODELS: dict[str, Model] = {
     "tiny-dit": Model(
         None, "DiTPipeline", "DiTTransformer2DModel", 8, 128, "MIT", 0.01,
-        Preset(None, None, None, None, 4.0, 20, "this project: see the model card"),
+        Preset(2, (7, 83), 0.1, 0.2, 4.0, 20, "dims by detect_massive, w by the calibration in the model card"),
     ),
     "sd3": Model(
         "stabilityai/stable-diffusion-3-medium-diffusers", "StableDiffusion3Pipeline", "SD3Transformer2DModel",

@@ -101,8 +101,9 @@ def test_only_fashion_mnist_is_judged_by_its_classifier(pipe, run):
 
 
 def preset(monkeypatch, block, dims, scale=None):
+    w_cfg = None if scale is None else scale / 2
     row = zoo.Model(None, "DiTPipeline", "DiTTransformer2DModel", BLOCKS, CHANNELS, "", 0.0,
-                    zoo.Preset(block, dims, scale, None, 1.0, 1, "this test"))  # fmt: skip
+                    zoo.Preset(block, dims, scale, w_cfg, 1.0, 1, "this test"))  # fmt: skip
     monkeypatch.setattr(zoo, "MODELS", {"random": row})
 
 
@@ -152,11 +153,13 @@ def test_a_bad_subject_is_refused(pipe, run, block, dims):
         experiments.subject(experiments.observe(pipe, run.first(1)), block, dims)
 
 
-@pytest.mark.parametrize(("given", "stated", "expected"), [(2.5, 3.0, 2.5), (0.0, 3.0, 0.0), (None, 3.0, 3.0),
-                                                            (None, None, 1.0)])  # fmt: skip
-def test_dg_scale(monkeypatch, pipe, given, stated, expected):
+@pytest.mark.parametrize(
+    ("given", "stated", "expected"),
+    [(2.5, 3.0, (2.5, 2.5)), (0.0, 3.0, (0.0, 0.0)), (None, 3.0, (3.0, 1.5)), (None, None, (1.0, 1.0))],
+)
+def test_dg_scales(monkeypatch, pipe, given, stated, expected):
     preset(monkeypatch, None, None, stated)
-    assert experiments.dg_scale(pipe, given) == expected
+    assert experiments.dg_scales(pipe, given) == expected
 
 
 # Section 4.1 ----------------------------------------------------------------------------------------------------------
@@ -482,12 +485,12 @@ def test_guide_is_detail_guidance(pipe, run, guidance_scale):
 
 
 def test_guide_all_starts_from_the_same_noise(pipe, run):
-    settings = experiments.guidance_settings(1.5, 4.0, BLOCK, DIMS)
+    settings = experiments.guidance_settings(1.5, 0.5, 4.0, BLOCK, DIMS)
     assert settings == {
         "none": Setting(1.0, 0.0),
         "DG": Setting(1.0, 1.5, BLOCK, DIMS),
         "CFG": Setting(4.0, 0.0),
-        "CFG+DG": Setting(4.0, 1.5, BLOCK, DIMS),
+        "CFG+DG": Setting(4.0, 0.5, BLOCK, DIMS),
     }
     runs = experiments.guide_all(pipe, run, settings)
     for name, setting in settings.items():
@@ -511,13 +514,13 @@ def test_guidance_values():
 
 
 def test_ablation_settings(pipe):
-    settings = experiments.ablation_settings(pipe, 1.5, BLOCK, DIMS, [0, 1, 2], [0, 3.5])
+    settings = experiments.ablation_settings(pipe, (1.5, 0.5), BLOCK, DIMS, [0, 1, 2], [0, 3.5])
     assert {name: list(sweep) for name, sweep in settings.items()} == {
         "block": [0, 1, 2], "w": [0, 1, 2], "lambda": [0, 3.5]
     }  # fmt: skip
     assert settings["block"] == {b: Setting(1.0, 1.5, b, DIMS) for b in range(BLOCKS)}
     assert settings["w"] == {w: Setting(1.0, w, BLOCK, DIMS) for w in (0, 1, 2)}
-    assert settings["lambda"] == {0: Setting(1.0, 1.5, BLOCK, DIMS), 3.5: Setting(4.5, 1.5, BLOCK, DIMS)}
+    assert settings["lambda"] == {0: Setting(1.0, 0.5, BLOCK, DIMS), 3.5: Setting(4.5, 0.5, BLOCK, DIMS)}
 
 
 def test_sweep_rows():
@@ -685,3 +688,16 @@ def test_training_history(monkeypatch, tmp_path):
     assert history.to_numpy().tolist() == [[5, 0, 2, 1], [5, 1, 3, 7], [9, 0, 4, 1], [9, 1, 8.5, 1]]
     assert experiments.training_history("other").empty
     assert list(experiments.training_history("other").columns) == ["step", "block", "ratio", "dim"]
+
+
+def test_frechet_change_against_the_distances_themselves():
+    rng = np.random.default_rng(0)
+    real = load_file(DATA / "reference" / "fashion-mnist.safetensors")
+    spread = np.linalg.cholesky(real["covariance"].astype(float) + 1e-6 * np.eye(64))
+    near = real["mean"] + rng.normal(size=(200, 64)) @ spread.T
+    far = near + 0.5  # the same spread, so only |shift|^2 differs
+    shift = lambda x: ((x.mean(0) - real["mean"]) ** 2).sum()  # noqa: E731
+    change = experiments.frechet_change(far, near, resamples=50)
+    assert change.value == pytest.approx(shift(far) - shift(near), rel=1e-6)
+    assert change.low < change.value < change.high and change.low > 0
+    assert experiments.frechet_change(near, near, resamples=20) == Interval(0.0, 0.0, 0.0)

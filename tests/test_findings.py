@@ -28,7 +28,7 @@ INTERVENTION = {
     "random.high_error": around(0.123), "contrast.high_error": around(0.277), "massive.sharpness_ratio": around(0.62),
 }  # fmt: skip
 GUIDANCE = {
-    "model": "tiny-dit", "block": 2, "w": 1.5, "DG.high_frequency_change": around(0.0312, 0.001),
+    "model": "tiny-dit", "block": 2, "w": 1.5, "w_cfg": 0.75, "DG.high_frequency_change": around(0.0312, 0.001),
     "contrast.cfg.high_frequency_change": around(0.0123, 0.001), "DG.cost": 0.8125, "CFG+DG.cost": 0.875,
 }  # fmt: skip
 ABLATIONS = {
@@ -197,9 +197,19 @@ def test_detail_guidance_alone_and_beside_cfg(change, word):
 
 def test_detail_guidance_numbers():
     sentence = findings.detail_guidance(GUIDANCE)
-    assert "w = 1.5 at block 2" in sentence and "costs 0.81 (DG) and 0.88 (CFG + DG)" in sentence
+    assert (
+        "w = 1.5 alone and 0.75 beside CFG, at block 2" in sentence
+        and "costs 0.81 (DG) and 0.88 (CFG + DG)" in sentence
+    )
     names = {"none": 0.61, "DG": 0.72, "CFG": 0.83, "CFG+DG": 0.94}
-    judged = findings.detail_guidance(GUIDANCE | {f"{k}.class_agreement": around(v) for k, v in names.items()})
+    distances = {"none.frechet": 5.5, "CFG.frechet": 3.5, "contrast.none.frechet": around(0.25)}
+    judged = findings.detail_guidance(
+        GUIDANCE
+        | {f"{k}.class_agreement": around(v) for k, v in names.items()}
+        | distances
+        | {"contrast.cfg.frechet": around(-1.5)}
+    )
+    assert "by +0.25 [+0.24, +0.26] alone (5.50 without guidance) and by -1.50 [-1.51, -1.49] beside CFG" in judged
     assert "in 61% without guidance, 72% with DG, 83% with CFG and 94% with both" in judged
 
 

@@ -201,3 +201,16 @@ def test_the_shipped_model_loads_and_samples_as_the_real_one() -> None:
         with safe_open(file, "pt") as weights:
             assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {"BF16"}  # noqa: SIM118
     assert not list(folder.rglob("*.bin")) and not list(folder.rglob("*.pt"))
+
+
+def test_the_shipped_models_w_is_that_of_its_calibration() -> None:
+    """The w whose sharpness is closest to real images', without and with CFG, as the model card says."""
+    import json
+
+    from dgkit.paths import DATA
+
+    preset = zoo.MODELS["tiny-dit"].preset
+    rows = json.loads((DATA / "models" / "tiny-dit" / "quality.json").read_text())["guidance"]
+    for scale, w in ((1.0, preset.scale), (preset.guidance_scale, preset.scale_with_cfg)):
+        of_scale = [row for row in rows if row["guidance_scale"] == scale]
+        assert min(of_scale, key=lambda row: abs(row["sharpness_of_real"] - 1))["w"] == w
