@@ -45,24 +45,33 @@ class Samples:
         seeds: one per condition.
         steps: sampling steps.
         guidance_scale: s of u + s (c - u); 1 for no CFG.
+        batch_size: images per call of the pipeline.
     """
 
     conditions: list[Any]
     seeds: list[int]
     steps: int
     guidance_scale: float = 1.0
+    batch_size: int = 64
 
     def images(self, pipe: Any, guidance_scale: float | None = None) -> Images:
         """Generate them, (N, H, W, 3); `guidance_scale` overrides the run's own."""
         scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        return generate(pipe, self.conditions, self.seeds, num_inference_steps=self.steps, guidance_scale=scale)
+        return generate(
+            pipe,
+            self.conditions,
+            self.seeds,
+            num_inference_steps=self.steps,
+            guidance_scale=scale,
+            batch_size=self.batch_size,
+        )
 
     def first(self, count: int) -> "Samples":
         """The same run with its first `count` images only."""
         return replace(self, conditions=self.conditions[:count], seeds=self.seeds[:count])
 
 
-def samples(pipe: Any, count: int, seed: int, steps: int, guidance_scale: float = 1.0) -> Samples:
+def samples(pipe: Any, count: int, seed: int, steps: int, guidance_scale: float = 1.0, batch_size: int = 64) -> Samples:
     """The first `count` of the model's own conditions, again from the start when they run out.
 
     Class-conditional pipelines go through their classes, text pipelines through `data/prompts/offline.txt`.
@@ -78,7 +87,7 @@ def samples(pipe: Any, count: int, seed: int, steps: int, guidance_scale: float 
     else:
         known = (DATA / "prompts" / "offline.txt").read_text().splitlines()
     conditions = [known[i % len(known)] for i in range(count)]
-    return Samples(conditions, [seed * 1_000_000 + i for i in range(count)], steps, guidance_scale)
+    return Samples(conditions, [seed * 1_000_000 + i for i in range(count)], steps, guidance_scale, batch_size)
 
 
 def condition_names(pipe: Any, conditions: Sequence[Any]) -> list[str]:
@@ -102,9 +111,11 @@ def subject(trace: Trace, block: int | None, dims: Sequence[int] | None) -> tupl
     return trace.anatomy.block(block).index, trace.anatomy.dims(list(dims))
 
 
-def observe(pipe: Any, run: Samples, *, track: Sequence[int] = (), keep: Sequence[int] = ()) -> Trace:
-    """Sample `run` and return what `dgkit.record` saw."""
-    with record(pipe, track=track, keep=keep) as trace:
+def observe(
+    pipe: Any, run: Samples, *, ratio: float = 5.0, track: Sequence[int] = (), keep: Sequence[int] = ()
+) -> Trace:
+    """Sample `run` and return what `dgkit.record` saw; `ratio` is that of massive tokens."""
+    with record(pipe, ratio=ratio, track=track, keep=keep) as trace:
         run.images(pipe)
     return trace
 
@@ -405,6 +416,11 @@ def cost_table(runs: Mapping[str, GuidedRun]) -> pd.DataFrame:
     return pd.DataFrame({c: {name: getattr(run, a) for name, run in runs.items()} for c, a in columns.items()})
 
 
+def total_cost(runs: Mapping[str, Mapping[Any, GuidedRun]]) -> int:
+    """Block evaluations of all runs of all sweeps."""
+    return sum(run.block_evaluations for group in runs.values() for run in group.values())
+
+
 def sweep(runs: Mapping[Any, GuidedRun], baseline: Images, conditions: Sequence[Any] | None) -> pd.DataFrame:
     """Fig. 8: effects of each run of a sweep against the paired `baseline`.
 
@@ -449,10 +465,15 @@ def table_6_settings(w: float, block: int, dims: Sequence[int]) -> dict[str, tup
     return {"uncond": (plain, False), "uncond+DG": (guided, False), "cond": (plain, True), "cond+DG": (guided, True)}
 
 
-def table_6_images(
-    pipe: Any, settings: Mapping[str, tuple[Setting, bool]], count: int, seeds: Sequence[int], steps: int
-) -> dict[tuple[str, int], Images]:
-    """Images of every (setting, seed block) of Table 6.
+def table_6_runs(
+    pipe: Any,
+    settings: Mapping[str, tuple[Setting, bool]],
+    count: int,
+    seeds: Sequence[int],
+    steps: int,
+    batch: int = 64,
+) -> dict[tuple[str, int], GuidedRun]:
+    """Images of every (setting, seed block) of Table 6, and what they cost.
 
     Args:
         pipe: a class-conditional pipeline.
@@ -460,18 +481,24 @@ def table_6_images(
         count: images per seed block.
         seeds: one per seed block.
         steps: sampling steps.
+        batch: images per call of the pipeline.
+
+    Raises:
+        DgkitError: no seed block, or as for `samples`.
     """
-    images = {}
+    if not seeds:
+        raise DgkitError("seed_blocks=0 is not allowed: give an integer, 1 or above")
+    runs = {}
     for name, (setting, conditional) in settings.items():
         for seed in seeds:
-            run = samples(pipe, count, seed, steps)
+            run = samples(pipe, count, seed, steps, batch_size=batch)
             if not conditional:
                 run = replace(run, conditions=[1000] * count)
-            images[name, seed] = guide(pipe, run, setting).images
-    return images
+            runs[name, seed] = guide(pipe, run, setting)
+    return runs
 
 
-def table_6(images: Mapping[tuple[str, int], Images]) -> pd.DataFrame:
+def table_6(runs: Mapping[tuple[str, int], GuidedRun]) -> pd.DataFrame:
     """Table 6 in small, on Fashion-MNIST: one row per (setting, seed block).
 
     Columns: frechet (distance of the shipped classifier's 64 features to those of the training set), is (inception
@@ -480,15 +507,15 @@ def table_6(images: Mapping[tuple[str, int], Images]) -> pd.DataFrame:
     """
     classifier = fashion_classifier()
     rows = []
-    for (name, seed), batch in images.items():
-        features = classifier.features(batch)
+    for (name, seed), run in runs.items():
+        features = classifier.features(run.images)
         score = precision_recall(_real_features()["sample"], features)
         rows.append(
             {
                 "setting": name,
                 "seed": seed,
                 "frechet": _frechet_to_real(features),
-                "is": inception_score(classifier(batch)),
+                "is": inception_score(classifier(run.images)),
                 "precision": score.precision,
                 "recall": score.recall,
             }
@@ -496,21 +523,22 @@ def table_6(images: Mapping[tuple[str, int], Images]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def efficientnet_values(images: Mapping[tuple[str, int], Images]) -> dict[str, float]:
+def efficientnet_values(runs: Mapping[tuple[str, int], GuidedRun]) -> dict[str, float]:
     """Frechet distance of EfficientNet-Lite0's 1280 features, "SETTING.frechet_efficientnet", over all seed blocks.
 
     Against as many real test images, which need the data set. With fewer images than features the covariance is not
     of full rank and the distance mostly bias, so use 2,000 or more.
     """
     union: dict[str, list[Images]] = {}
-    for (name, _), batch in images.items():
-        union.setdefault(name, []).append(batch)
+    for (name, _), run in runs.items():
+        union.setdefault(name, []).append(run.images)
     count = sum(len(batch) for batch in next(iter(union.values())))
     real = efficientnet_features(as_samples(fashion_mnist("test")[0][:count]))
-    return {
+    distances = {
         f"{name}.frechet_efficientnet": frechet_distance(real, efficientnet_features(np.concatenate(batches)))
         for name, batches in union.items()
     }
+    return {"efficientnet_count": count} | distances
 
 
 def table_6_values(table: pd.DataFrame) -> dict[str, Any]:

@@ -32,7 +32,6 @@ LABELS = {
     "high_frequency_change": "change of\nhigh-frequency energy share",
     "class_agreement": "classifier agrees\nwith the class",
     "frechet": "Frechet distance\n(64 features)",
-    "frechet_efficientnet": "Frechet distance\n(EfficientNet)",
     "is": "inception score\n(classifier)",
 }
 

@@ -128,8 +128,19 @@ def imagenet(v: Values) -> str:
         rows.append(f"the {kind}itional Frechet distance {way} in every seed block ({change:+.3g})")
     return (
         f"On {v['model']} ({v['count']} images per seed block, Fashion-MNIST in place of ImageNet, another network's "
-        f"features, so no FID) with DG at w = {v['w']:g} {' and '.join(rows)}; the paper reports lower FID for both."
+        f"features, so no FID) with DG at w = {v['w']:g} {' and '.join(rows)}"
+        f"{_efficientnet(v)}; the paper reports lower FID for both."
     )
+
+
+def _efficientnet(v: Values) -> str:
+    if "efficientnet_count" not in v:
+        return ""
+    pairs = [
+        f"from {v[f'{kind}.frechet_efficientnet']:.3g} to {v[f'{kind}+DG.frechet_efficientnet']:.3g} ({kind}itional)"
+        for kind in ("uncond", "cond")
+    ]
+    return f", and with EfficientNet-Lite0's features of {v['efficientnet_count']} images it goes {' and '.join(pairs)}"
 
 
 FINDINGS: dict[str, Callable[[Values], str]] = {

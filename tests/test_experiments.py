@@ -603,7 +603,7 @@ def blobs(monkeypatch):
 
 def test_table_6(pipe, blobs):
     settings = experiments.table_6_settings(1.5, BLOCK, DIMS)
-    table = experiments.table_6(experiments.table_6_images(pipe, settings, 12, [4, 5], 2))
+    table = experiments.table_6(experiments.table_6_runs(pipe, settings, 12, [4, 5], 2))
     assert list(table.columns) == ["setting", "seed", "frechet", "is", "precision", "recall"]
     assert table["setting"].tolist() == np.repeat(list(settings), 2).tolist()
     assert table["seed"].tolist() == [4, 5] * 4
@@ -626,13 +626,14 @@ def test_efficientnet_values(monkeypatch, pipe, blobs):
     real = torch.randint(0, 256, (100, 1, 28, 28), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     monkeypatch.setattr(experiments, "efficientnet_features", features)
     monkeypatch.setattr(experiments, "fashion_mnist", lambda split: (real, torch.zeros(100)))
-    images = experiments.table_6_images(pipe, {"cond": (Setting(), True)}, 12, [4, 5], 2)
-    values = experiments.efficientnet_values(images)
+    runs = experiments.table_6_runs(pipe, {"cond": (Setting(), True)}, 12, [4, 5], 2)
+    values = experiments.efficientnet_values(runs)
     theirs = features(real[:24].movedim(1, -1).expand(-1, -1, -1, 3))
     ours = np.concatenate([batch for _, _, batch in blobs]).reshape(24, -1)[:, [300, 1200]].astype(float)
     a, b = np.cov(ours.T), np.cov(theirs.T)
     expected = ((ours.mean(0) - theirs.mean(0)) ** 2).sum() + np.trace(a + b - 2 * sqrtm(a @ b).real)
-    assert given[:2] == [24, 24] and values == {"cond.frechet_efficientnet": pytest.approx(expected, rel=1e-5)}
+    assert given[:2] == [24, 24] and values["efficientnet_count"] == 24
+    assert values["cond.frechet_efficientnet"] == pytest.approx(expected, rel=1e-5) and len(values) == 2
 
 
 TABLE = pd.DataFrame(
