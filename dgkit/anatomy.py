@@ -198,7 +198,7 @@ class Call:
         return self.batch % 2 == 0 and torch.equal(self.hidden_states[:half], self.hidden_states[half:])
 
     def timesteps(self) -> list[float]:
-        """The timestep of each row, as the pipeline's scheduler counts it."""
+        """The timestep of each row, as the transformer receives it (Flux: from 1 to 0)."""
         values = self.timestep.reshape(-1).tolist()
         return [float(v) for v in (values * self.batch if len(values) == 1 else values)]
 
@@ -260,6 +260,8 @@ def pipeline_row(pipe: Any) -> Pipeline:
         ModelError: the class has none.
     """
     name = type(pipe).__name__
+    if "PAG" in name or "ControlNet" in name:
+        raise ModelError(f"{name} is not supported: its batches have other rows than plain or classifier-free guidance")
     row = next((row for prefix, row in PIPELINES.items() if name.startswith(prefix)), None)
     if row is None or isinstance(pipe, nn.Module):
         raise ModelError(f"expected a diffusers pipeline of the families {', '.join(PIPELINES)}, got {name}")

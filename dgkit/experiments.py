@@ -237,13 +237,15 @@ def intervene(
 def image_effects(images: Mapping[str, Images], baseline: str, conditions: Sequence[Any] | None = None) -> pd.DataFrame:
     """Per image and setting, what differs from the paired image of `baseline`.
 
-    Columns: low_error, high_error (relative squared error below and above 1/8 cycles/pixel), sharpness_ratio (variance
-    of the Laplacian over the baseline's), high_frequency_change (difference of the energy share above 1/4
+    Columns: low_error, high_error (relative squared error below and above 1/8 cycles/pixel), sharpness_ratio (of the
+    variance of the Laplacian; scaled so that the mean over images is the ratio of the means, which unlike the mean of
+    ratios does not favour sharper), high_frequency_change (difference of the energy share above 1/4
     cycles/pixel), and with `conditions` (Fashion-MNIST classes) class_agreement (1 where the classifier sees the class
     asked for).
     Settings named "random 1", "random 2", ... are averaged per image into one setting "random".
     """
     reference = images[baseline]
+    sharp = sharpness(reference)
     rows = []
     for name, batch in images.items():
         low, high = band_error(batch, reference)
@@ -252,7 +254,7 @@ def image_effects(images: Mapping[str, Images], baseline: str, conditions: Seque
             "image": np.arange(len(batch)),
             "low_error": low,
             "high_error": high,
-            "sharpness_ratio": sharpness(batch) / sharpness(reference),
+            "sharpness_ratio": 1 + (sharpness(batch) - sharp) / sharp.mean(),
             "high_frequency_change": high_frequency_energy(batch) - high_frequency_energy(reference),
         }
         if conditions is not None:
@@ -267,10 +269,17 @@ def fashion_conditions(pipe: Any, run: Samples) -> list[Any] | None:
 
 
 def summarise(effects: pd.DataFrame) -> dict[str, Interval]:
-    """Mean over images with its interval, as {"setting.column": Interval}."""
+    """Mean over images with its interval (Wilson's for proportions), as {"setting.column": Interval}."""
     columns = [c for c in effects.columns if c not in ("setting", "image")]
+
+    def interval(values: NDArray[np.float64], column: str) -> Interval:
+        # a bootstrap of a proportion has no width at 0 and 1; the averaged draws of "random" are no proportion
+        if column == "class_agreement" and np.isin(values, (0, 1)).all():
+            return stats.wilson(values.sum(), len(values))
+        return stats.bootstrap(values)
+
     return {
-        f"{setting}.{column}": stats.bootstrap(group[column].to_numpy())
+        f"{setting}.{column}": interval(group[column].to_numpy(), column)
         for setting, group in effects.groupby("setting", sort=False)
         for column in columns
     }
@@ -290,7 +299,7 @@ def intervention_values(effects: pd.DataFrame, matched: Sequence[int]) -> dict[s
     values |= {
         f"contrast.{c}.{column}": contrast(effects, "massive", c, column) for c in controls for column in columns
     }
-    return values | {"contrast.high_error": values["contrast.random.high_error"], "matched_dims": list(matched)}
+    return values | {"matched_dims": list(matched)}
 
 
 # ------------------------------------------------------------------------- section 4.3 and 5.3: Detail Guidance

@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from dgkit.stats import Interval
 
 Values = Mapping[str, Any]
@@ -62,15 +64,17 @@ def timestep_vs_text(v: Values) -> str:
 
 def intervention(v: Values) -> str:
     """Section 4.2: does disrupting massive activations cost detail rather than content, and more than the controls?"""
-    detail = _side(v["contrast.high_error"], 0.0, "more", "less")
+    detail = _side(v["contrast.random.high_error"], 0.0, "more", "less")
+    matched = _side(v["contrast.matched.high_error"], 0.0, "more", "less")
     ratio = v["massive.high_error"].value / max(v["massive.low_error"].value, 1e-12)
     sharp = _side(v["massive.sharpness_ratio"], 1.0, "sharper", "smoother")
     text = (
         f"Zeroing channel{'s' * (len(v['dims']) > 1)} {_listed(v['dims'])} after block {v['block']} of {v['model']} "
         f"leaves a relative error of {v['massive.low_error']:.3f} at low and {v['massive.high_error']:.3f} at high "
         f"spatial frequencies ({ratio:.1f} times as much), {detail} than zeroing as many random channels does "
-        f"(high: {v['random.high_error']:.3f}), and makes the images {sharp} (sharpness ratio "
-        f"{v['massive.sharpness_ratio']:.2f})"
+        f"(high: {v['random.high_error']:.3f}) and {matched} than zeroing {len(v['matched_dims'])} other "
+        f"channels of the same magnitude does ({v['matched.high_error']:.3f}), and makes the images {sharp} (sharpness "
+        f"ratio {v['massive.sharpness_ratio']:.2f})"
     )
     if "massive.class_agreement" in v:
         text += (
@@ -161,7 +165,7 @@ class Claim:
     holds: Callable[[Values], bool]
 
     def verdict(self, values: Values) -> str:
-        """ "reproduced" when every part of the claim holds with its whole interval, else "not reproduced"."""
+        """ "reproduced" when every part of the claim holds, with its whole interval where there is one, else "not"."""
         return "reproduced" if self.holds(values) else "not reproduced"
 
 
@@ -184,27 +188,28 @@ CLAIMS: dict[str, Claim] = {
         ),
     ),
     "03_intervention": Claim(
-        "disrupting massive activations changes high frequencies more than low ones and more than as many random "
-        "channels do, and makes images smoother",
+        "disrupting massive activations changes high frequencies more than low ones, more than as many random channels "
+        "do and more than other channels of the same magnitude do, and makes images smoother",
         lambda v: (
             v["massive.high_error"].low > v["massive.low_error"].high
-            and v["contrast.high_error"].low > 0
+            and v["contrast.random.high_error"].low > 0
+            and v["contrast.matched.high_error"].low > 0
             and v["massive.sharpness_ratio"].high < 1
         ),
     ),
     "04_detail_guidance": Claim(
-        "DG adds high-frequency energy, alone and beside CFG, and the class stays as recognisable",
+        "DG adds high-frequency energy, alone and beside CFG, and fewer than 5 % of the images lose their class by it",
         lambda v: (
             v["DG.high_frequency_change"].low > 0
             and v["contrast.cfg.high_frequency_change"].low > 0
-            and all(v[key].high >= 0 for key in _AGREEMENT_CHANGES if key in v)
+            and all(v[key].low > -0.05 for key in _AGREEMENT_CHANGES if key in v)
         ),
     ),
     "05_ablations": Claim(
         "DG acts most strongly at an intermediate block and least at the last",
         lambda v: (
             0 < v["block.strongest"] < v["blocks"] - 1
-            and v["block.last_ratio"] == min(v["block.sharpness_ratio"][:, 1])
+            and np.abs(np.log(v["block.sharpness_ratio"][:, 1])).argmin() == v["blocks"] - 1
         ),
     ),
     "06_imagenet": Claim(

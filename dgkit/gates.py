@@ -6,6 +6,7 @@ import pandas as pd
 from scipy.stats import spearmanr
 from torch import Tensor
 
+from dgkit.anatomy import DEGRADED
 from dgkit.errors import ModelError
 from dgkit.hooks import Trace
 
@@ -45,11 +46,16 @@ def residual_gates(trace: Trace, *, label: str | None = None, timestep: float | 
     """The gates that `dgkit.record` saw.
 
     Raises:
-        ModelError: the transformer has no residual gate.
+        ModelError: the transformer has no residual gate, or its blocks are compiled so that hooks do not see them.
         DgkitError: empty trace, unknown label or timestep.
     """
     if not trace.gate_rows:
         raise ModelError(f"{type(trace.anatomy.model).__name__} has no residual gate")
+    if trace.num_gates_seen(label, timestep) < len(trace.gate_rows) and label != DEGRADED:
+        raise ModelError(
+            "some residual gates were not seen: blocks that were compiled before `record` run past hooks on their "
+            "parts, so record before compiling"
+        )
     return Gates(
         trace.gate_rows,
         trace.gates(label, timestep),

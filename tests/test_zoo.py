@@ -109,6 +109,8 @@ def test_load_refuses_broken_weights(folder: Path, tmp_path: Path, damage: str) 
 def test_load_refuses_an_unknown_or_absent_device(folder: Path) -> None:
     with pytest.raises(LoadError, match="device='gpu' is not allowed"):
         dgkit.load(str(folder), device="gpu")
+    with pytest.raises(LoadError, match="device=None is not allowed"):
+        dgkit.load(str(folder), device=None)  # type: ignore[arg-type]
     if not torch.cuda.is_available():
         with pytest.raises(LoadError, match="torch finds no GPU"):
             dgkit.load(str(folder), device="cuda")
@@ -141,6 +143,8 @@ def test_generate_depends_on_the_seed_of_each_image_alone() -> None:
         ({"num_inference_steps": 2.5}, "num_inference_steps=2.5 is not allowed"),
         ({"batch_size": 0}, "batch_size=0 is not allowed"),
         ({"guidance_scale": 0.5}, "guidance_scale=0.5 is not allowed"),
+        ({"guidance_scale": "4"}, "guidance_scale='4' is not allowed"),
+        ({"guidance_scale": None}, "guidance_scale=None is not allowed"),
         ({"guidance_scale": float("nan")}, "guidance_scale=nan is not allowed"),
     ],
 )

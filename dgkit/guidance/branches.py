@@ -83,10 +83,14 @@ class Branch:
             degraded_pass.reset(token)
             self._kept.clear()
         total = len(self.anatomy.blocks)
-        computed = total if self.sharing == "none" else total - 1 - self.block.index
-        self.cost.block_evaluations += total * batch + computed * len(rows)
-        self.cost.naive_block_evaluations += total * (batch + len(rows))
+        self.cost.block_evaluations += (total if self.sharing == "none" else total - 1 - self.block.index) * len(rows)
+        self.cost.naive_block_evaluations += total * len(rows)
         return output
+
+    def count_pass(self, batch: int) -> None:
+        """Count an ordinary pass of `batch` rows, whether a degraded one follows or not."""
+        self.cost.block_evaluations += len(self.anatomy.blocks) * batch
+        self.cost.naive_block_evaluations += len(self.anatomy.blocks) * batch
 
     def _kept_blocks(self) -> list[int]:
         """The edited block, and the last block of each stack before its own (whose output type may differ)."""

@@ -99,14 +99,15 @@ def detail_guidance(
         call = Call.of(args, kwargs)
         labels = row_labels(call)
         rows = [row for row, label in enumerate(labels) if label == COND]
+        branch.count_pass(call.batch)
         if rows:
             w = scales[UNCOND in labels]
             degraded = branch.degraded(args, kwargs, rows, call.timesteps())
-            cond_delta[:] = [w * (_prediction(output)[rows].float() - _prediction(degraded).float())]
+            cond_delta[:] = [w * (_upcast(_prediction(output)[rows]) - _upcast(_prediction(degraded)))]
         # w (c - c_m) on both halves: CFG, being affine with weights that sum to 1, passes it on unchanged
         delta = cond_delta[0].repeat(len(labels) // len(cond_delta[0]), *[1] * (cond_delta[0].ndim - 1))
         prediction = _prediction(output)
-        guided = prediction.float()
+        guided = _upcast(prediction)
         channels = anatomy.predicted_channels
         if channels is None:
             guided = guided + delta
@@ -128,6 +129,11 @@ def _checked_scale(scale: Any) -> float:
     if isinstance(scale, bool) or not isinstance(scale, int | float) or not math.isfinite(scale) or scale < 0:
         raise DgkitError(f"scale={scale!r} is not allowed: give a finite number, 0 or above")
     return float(scale)
+
+
+def _upcast(prediction: Tensor) -> Tensor:
+    """At least float32: differences of predictions are small."""
+    return prediction.to(torch.promote_types(prediction.dtype, torch.float32))
 
 
 def _prediction(output: Any) -> Tensor:

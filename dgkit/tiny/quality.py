@@ -34,7 +34,7 @@ CALIBRATION_SAMPLES, CALIBRATION_SEED = 300, 900_000_000
 CALIBRATION_GRID = (0.0, 0.02, 0.05, 0.1, 0.2)
 
 
-def measure(run: Path, *, guidance_scale: float = 4.0, steps: int = 50) -> dict[str, Any]:
+def measure(run: Path, *, guidance_scale: float = 4.0, steps: int = 20) -> dict[str, Any]:
     """Measure the `tiny-dit` that `train("tiny-dit", run)` left in `run/model`.
 
     Writes `quality.json`, a sheet of samples (`samples.png`) and the card (`README.md`) into `run/model`.
