@@ -3,6 +3,8 @@
 import hashlib
 import json
 import subprocess
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -307,3 +309,44 @@ def test_the_last_matching_tolerance_wins(tmp_path):
 
 def test_the_shipped_tolerances_are_readable():
     assert Tolerances().default.rel == 1e-3
+
+
+# the accepted results and their tolerances as shipped -----------------------------------------------------------------
+
+SHIPPED = sorted((results.ACCEPTED / "tiny-dit").glob("*.json"))
+
+
+def _scaled(value: Any, factor: float) -> Any:
+    """Every floating-point number of a stored value times `factor`; None when there is none."""
+    if isinstance(value, dict):
+        return {key: _scaled(number, factor) for key, number in value.items()}
+    if isinstance(value, list):
+        scaled = [_scaled(entry, factor) for entry in value]
+        return None if any(entry is None for entry in scaled) or not scaled else scaled
+    return value * factor if isinstance(value, float) else None
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_rounding_passes_and_a_change_of_a_quarter_does_not(path: Path, tmp_path: Path) -> None:
+    """Each number of each accepted result in turn; 1e-5 is what another instruction set does to it."""
+    stored = json.loads(path.read_text())
+    (tmp_path / "accepted" / "m").mkdir(parents=True)
+    (tmp_path / "new" / "m").mkdir(parents=True)
+    (tmp_path / "accepted" / "m" / path.name).write_text(json.dumps(stored))
+    tried = 0
+    for key, value in stored["values"].items():
+        for factor, caught in ((1 + 1e-5, False), (1.25, True)):
+            changed = _scaled(value, factor)
+            if changed is None or max(map(abs, _flat(value))) < 0.5:
+                continue  # an absolute tolerance is meant to pass changes of what is near zero
+            values = stored["values"] | {key: changed}
+            (tmp_path / "new" / "m" / path.name).write_text(json.dumps(stored | {"values": values}))
+            differences = results.check(tmp_path / "new", tmp_path / "accepted")
+            assert bool(differences) == caught, (key, factor, value)
+            tried += 1
+    assert tried >= 4
+
+
+def _flat(value: Any) -> list[float]:
+    entries = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    return [n for e in entries for n in (_flat(e) if isinstance(e, dict | list) else [e])]
