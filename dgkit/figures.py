@@ -28,7 +28,7 @@ PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 LABELS = {
     "low_error": "low-frequency error\n(relative squared)",
     "high_error": "high-frequency error\n(relative squared)",
-    "sharpness_ratio": "sharpness / original",
+    "sharpness_ratio": "sharpness ratio\n(variance of the Laplacian)",
     "high_frequency_change": "change of\nhigh-frequency energy share",
     "class_agreement": "classifier agrees\nwith the class",
     "frechet": "Frechet distance\n(64 features)",
