@@ -108,14 +108,14 @@ class Result:
         """
         from IPython.display import display
 
-        from dgkit.findings import CLAIMS
+        from dgkit.findings import verdict
 
         glued = dict(self.values)
         reference = _reference_of(self)
         if reference is not None:
             measured = reference.decoded()
             glued |= {f"reference.{key}": value for key, value in measured.items()}
-            glued["reference.verdict"] = CLAIMS[self.name].verdict(measured)
+            glued["reference.verdict"] = verdict(self.name, measured)[0]
         for key, value in glued.items():
             if not isinstance(value, list | np.ndarray):
                 # what myst_nb.glue writes, without making Sphinx a dependency of every notebook
@@ -134,7 +134,7 @@ class Result:
         """Save, and return as Markdown the chapter's finding: of this run, and with a verdict of the reference run."""
         from IPython.display import Markdown
 
-        from dgkit.findings import CLAIMS, FINDINGS
+        from dgkit.findings import FINDINGS, verdict
 
         sentence = FINDINGS[self.name]
         self["finding"] = sentence(self.values | self.parameters)
@@ -143,10 +143,11 @@ class Result:
         if reference is not None:
             measured = reference.decoded()
             commit = (reference.provenance["commit"] or "uncommitted")[:10]
-            claim = CLAIMS[self.name]
+            word, parts = verdict(self.name, measured)
             paragraphs += [
                 f"**Reference run.** {sentence(measured | reference.parameters)}",
-                f"**Verdict on this model: {claim.verdict(measured)}.** The claim: {claim.text}. "
+                f"**Verdict on this model: {word}.** The paper's claim, part by part, by the reference run:",
+                "\n".join(f"* {part}" for part in parts),
                 f"Reference run: `{reference.provenance['command']}` at commit {commit}, "
                 f"{reference.provenance['wall_seconds']:.0f} s on {reference.provenance['device']}.",
             ]
