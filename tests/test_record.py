@@ -138,7 +138,7 @@ def test_memory_is_that_of_the_table() -> None:
         tensors_after = sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
         tracemalloc.stop()
     assert trace.num_images() == 480 and len(trace.timesteps()) == 20
-    assert tensors_after < tensors_before + 10 and grown < 20_000  # 200 steps, each with several tensors
+    assert tensors_after < tensors_before + 10 and grown < 60_000  # 200 steps of several tensors each
 
 
 def test_hooks_come_off_after_an_exception() -> None:

@@ -22,6 +22,7 @@ from dgkit import tiny
 from dgkit.errors import DataError, DgkitError, LoadError
 from dgkit.tiny import classifier, data, dit, loop, quality
 from dgkit.tiny.loop import Schedule
+from dgkit.zoo import Preset
 
 SCHEDULE = Schedule(steps=10, batch=4, lr=1e-2, warmup=3, ema=0.9, seed=1)
 
@@ -305,7 +306,11 @@ def test_the_whole_recipe_of_tiny_dit_resumes_at_each_stage_and_is_measured(
 
     monkeypatch.setattr(quality, "SAMPLES", 20)
     monkeypatch.setattr(quality, "load_classifier", lambda: classifier.FashionClassifier().eval())
+    monkeypatch.setattr(quality, "preset_of", lambda pipe: Preset(0, (1,), None, None, 2.0, 2, "this test"))
+    monkeypatch.setattr(quality, "CALIBRATION_SAMPLES", 10)
+    monkeypatch.setattr(quality, "CALIBRATION_GRID", (0.0, 0.5))
     measured = quality.measure(tmp_path, guidance_scale=2.0, steps=2)
+    assert [(row["guidance_scale"], row["w"]) for row in measured["guidance"]] == [(1, 0), (1, 0.5), (2, 0), (2, 0.5)]
     assert [row["step"] for row in measured["massive"]] == [1, 2]
     assert measured == json.loads((model / "quality.json").read_text())
     assert np.mean(list(measured["agreement_of_class"].values())) == pytest.approx(measured["agreement"])
