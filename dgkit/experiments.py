@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -31,7 +31,6 @@ from dgkit.tiny.data import FASHION_MNIST_CLASSES, as_samples, fashion_mnist
 from dgkit.zoo import preset_of
 
 Images = NDArray[np.uint8]
-Key = TypeVar("Key")
 
 # -------------------------------------------------------------------------------------------------- what to generate
 
@@ -344,7 +343,7 @@ def dg_scales(pipe: Any, scale: float | None) -> tuple[float, float]:
     return preset.scale, preset.scale_with_cfg
 
 
-def guide_all(pipe: Any, run: Samples, settings: Mapping[Key, Setting]) -> dict[Key, GuidedRun]:
+def guide_all(pipe: Any, run: Samples, settings: Mapping[Any, Setting]) -> dict[Any, GuidedRun]:
     """Sample `run` under each setting, from the same noise."""
     return {name: guide(pipe, run, setting) for name, setting in settings.items()}
 
