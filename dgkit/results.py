@@ -142,7 +142,9 @@ class Result:
         reference = _reference_of(self)
         if reference is not None:
             measured = reference.decoded()
-            commit = (reference.provenance["commit"] or "uncommitted")[:10]
+            commit = (reference.provenance["commit"] or "unknown")[:10]
+            if reference.provenance["dirty"]:
+                commit += " with uncommitted changes"
             word, parts = verdict(self.name, measured)
             paragraphs += [
                 f"**Reference run.** {sentence(measured | reference.parameters)}",
