@@ -1,7 +1,4 @@
-"""What dgkit knows about the insides of diffusers' transformers and pipelines. Nothing else in the package does.
-
-To add a transformer class, add one row to `TRANSFORMERS`; to add a pipeline class, add one to `PIPELINES`.
-"""
+"""The blocks, streams and residual gates of each transformer class: to add one, add a row to `TRANSFORMERS`."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,8 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from dgkit.errors import DgkitError, ModelError
-
-COND, UNCOND, DEGRADED, UNKNOWN = "cond", "uncond", "degraded", "unknown"
 
 
 @dataclass(frozen=True)
@@ -201,91 +196,6 @@ class Call:
         """The timestep of each row, as the transformer receives it (Flux: from 1 to 0)."""
         values = self.timestep.reshape(-1).tolist()
         return [float(v) for v in (values * self.batch if len(values) == 1 else values)]
-
-
-@dataclass(frozen=True)
-class Pipeline:
-    """The row of one family of pipelines.
-
-    Attributes:
-        condition: the argument of `__call__` that holds the prompts or classes.
-        rows: labels the batch rows of a transformer call, from the pipeline, the call and the latents of the call
-            before.
-        guidance: arguments of `__call__` for s of u + s (c - u) and a number of images; s = 1 is no CFG.
-        batched_cfg: whether CFG is one call on a doubled batch; else a second call, of which the first cannot know.
-    """
-
-    condition: str
-    rows: Callable[[Any, Call, Tensor | None], tuple[str, ...]]
-    guidance: Callable[[float, int], dict[str, Any]] = lambda s, count: {"guidance_scale": s}
-    batched_cfg: bool = True
-
-
-def _sd3_rows(pipe: Any, call: Call, previous: Tensor | None) -> tuple[str, ...]:
-    if pipe.do_classifier_free_guidance and call.halves_equal:
-        return (UNCOND,) * (call.batch // 2) + (COND,) * (call.batch // 2)
-    return (COND,) * call.batch
-
-
-def _flux_rows(pipe: Any, call: Call, previous: Tensor | None) -> tuple[str, ...]:
-    # with true CFG the transformer is called twice per step on the same latents, first conditional, then unconditional
-    return (UNCOND if call.hidden_states is previous else COND,) * call.batch
-
-
-def _flux_guidance(s: float, count: int) -> dict[str, Any]:
-    # `guidance_scale` is the distilled one; without a negative prompt `true_cfg_scale` is silently ignored
-    return {"true_cfg_scale": s, "negative_prompt": [""] * count} if s > 1 else {}
-
-
-def _dit_rows(pipe: Any, call: Call, previous: Tensor | None) -> tuple[str, ...]:
-    half, null_class = call.batch // 2, 1000  # hard-coded in DiTPipeline
-    labels = call.class_labels
-    if labels is not None and call.halves_equal and bool((labels[half:] == null_class).all()):
-        return (COND,) * half + (UNCOND,) * half
-    return (COND,) * call.batch
-
-
-# by the beginning of the class name, so that image-to-image and inpainting variants share a row
-PIPELINES: dict[str, Pipeline] = {
-    "StableDiffusion3": Pipeline("prompt", _sd3_rows),
-    "Flux": Pipeline("prompt", _flux_rows, _flux_guidance, batched_cfg=False),
-    "DiT": Pipeline("class_labels", _dit_rows),
-}
-
-
-def pipeline_row(pipe: Any) -> Pipeline:
-    """The row of a pipeline's class.
-
-    Raises:
-        ModelError: the class has none.
-    """
-    name = type(pipe).__name__
-    if "PAG" in name or "ControlNet" in name:
-        raise ModelError(f"{name} is not supported: its batches have other rows than plain or classifier-free guidance")
-    row = next((row for prefix, row in PIPELINES.items() if name.startswith(prefix)), None)
-    if row is None or isinstance(pipe, nn.Module):
-        raise ModelError(f"expected a diffusers pipeline of the families {', '.join(PIPELINES)}, got {name}")
-    return row
-
-
-class RowLabels:
-    """Tells which rows of each transformer call are conditional and which unconditional.
-
-    Only the pipeline knows, so the rows of a bare transformer are all "unknown". One instance watches one run.
-    """
-
-    def __init__(self, target: Any) -> None:
-        self._pipe = target
-        self._row = None if isinstance(target, nn.Module) else pipeline_row(target)
-        self._previous: Tensor | None = None
-
-    def __call__(self, call: Call) -> tuple[str, ...]:
-        """The label of each row of `call`."""
-        if self._row is None:
-            return (UNKNOWN,) * call.batch
-        labels = self._row.rows(self._pipe, call, self._previous)
-        self._previous = call.hidden_states
-        return labels
 
 
 def select_rows(args: tuple[Any, ...], kwargs: dict[str, Any], rows: Tensor, batch: int) -> tuple[Any, Any]:
