@@ -5,27 +5,31 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dgkit.gates import gate_agreement, residual_gates
-    from dgkit.guidance import detail_guidance
+    from dgkit.guidance import calibrate, detail_guidance, guide
     from dgkit.hooks import disrupt, record
     from dgkit.massive import detect_massive
     from dgkit.zoo import load
 
 # imported on first use: torch and diffusers take seconds, and `dgkit --help` needs neither
 _HOMES = {
+    "calibrate": "guidance",
     "detail_guidance": "guidance",
     "detect_massive": "massive",
     "disrupt": "hooks",
     "gate_agreement": "gates",
+    "guide": "guidance",
     "load": "zoo",
     "record": "hooks",
     "residual_gates": "gates",
 }
 
 __all__ = [
+    "calibrate",
     "detail_guidance",
     "detect_massive",
     "disrupt",
     "gate_agreement",
+    "guide",
     "load",
     "record",
     "residual_gates",

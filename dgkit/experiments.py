@@ -13,10 +13,10 @@ from safetensors.numpy import load_file
 from scipy.stats import spearmanr
 
 from dgkit import paper, stats
-from dgkit.anatomy import dissect, pipeline_row
+from dgkit.anatomy import dissect
 from dgkit.errors import DgkitError
 from dgkit.gates import gate_agreement
-from dgkit.generate import generate
+from dgkit.generate import generate, own_conditions
 from dgkit.guidance import detail_guidance
 from dgkit.hooks import Trace, disrupt, record
 from dgkit.massive import Massive, channel_ratio, detect_massive
@@ -80,12 +80,7 @@ def samples(pipe: Any, count: int, seed: int, steps: int, guidance_scale: float 
     """
     if isinstance(count, bool) or not isinstance(count, int) or count < 1:
         raise DgkitError(f"num_samples={count!r} is not allowed: give an integer, 1 or above")
-    known: list[Any]
-    if pipeline_row(pipe).condition == "class_labels":
-        known = sorted(set(pipe.labels.values())) or list(range(pipe.transformer.config.num_embeds_ada_norm))
-    else:
-        known = (DATA / "prompts" / "offline.txt").read_text().splitlines()
-    conditions = [known[i % len(known)] for i in range(count)]
+    conditions = own_conditions(pipe, count)
     return Samples(conditions, [seed * 1_000_000 + i for i in range(count)], steps, guidance_scale, batch_size)
 
 

@@ -1,6 +1,7 @@
 """Prompts or classes and seeds to images."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,19 @@ from numpy.typing import NDArray
 
 from dgkit.anatomy import pipeline_row
 from dgkit.errors import DgkitError
+from dgkit.paths import DATA
+
+
+def own_conditions(pipe: Any, count: int) -> list[Any]:
+    """The first `count` of the model's own conditions, again from the start when they run out.
+
+    Class-conditional pipelines go through their classes, text pipelines through `data/prompts/offline.txt`.
+    """
+    if pipeline_row(pipe).condition == "class_labels":
+        known: list[Any] = sorted(set(pipe.labels.values())) or list(range(pipe.transformer.config.num_embeds_ada_norm))
+    else:
+        known = (DATA / "prompts" / "offline.txt").read_text().splitlines()
+    return [known[i % len(known)] for i in range(count)]
 
 
 def generate(
@@ -46,17 +60,28 @@ def generate(
             raise DgkitError(f"{name}={value!r} is not allowed: give an integer, 1 or above")
     if not isinstance(guidance_scale, int | float) or not np.isfinite(guidance_scale) or guidance_scale < 1:
         raise DgkitError(f"guidance_scale={guidance_scale!r} is not allowed: give a number from 1 (no CFG) up")
-    pipe.set_progress_bar_config(disable=True)
     parts = []
     for start in range(0, len(conditions), batch_size):
         batch = slice(start, start + batch_size)
-        output = pipe(
-            **{row.condition: list(conditions[batch])},
-            generator=[torch.Generator().manual_seed(int(seed)) for seed in seeds[batch]],
-            num_inference_steps=num_inference_steps,
-            **row.guidance(guidance_scale, len(seeds[batch])),
-            output_type="np",
-            **call,
-        )
+        with _no_progress_bar(pipe):
+            output = pipe(
+                **{row.condition: list(conditions[batch])},
+                generator=[torch.Generator().manual_seed(int(seed)) for seed in seeds[batch]],
+                num_inference_steps=num_inference_steps,
+                **row.guidance(guidance_scale, len(seeds[batch])),
+                output_type="np",
+                **call,
+            )
         parts.append((output.images * 255).round().astype(np.uint8))
     return np.concatenate(parts)
+
+
+@contextmanager
+def _no_progress_bar(pipe: Any) -> Iterator[None]:
+    """Per batch it would be noise; the pipeline's own setting comes back."""
+    own = getattr(pipe, "_progress_bar_config", None)
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        yield
+    finally:
+        pipe.set_progress_bar_config(**(own or {}))

@@ -1,7 +1,7 @@
 """Look at (`record`) and change (`disrupt`) what flows between the blocks of a diffusion transformer."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,8 +11,9 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from dgkit.anatomy import COND, Anatomy, Block, Call, RowLabels, dissect
+from dgkit.anatomy import COND, Anatomy, Block, Call, Gate, RowLabels, dissect
 from dgkit.errors import DgkitError
+from dgkit.taps import tap
 
 # ---------------------------------------------------------------------------------------------------- which pass is it
 
@@ -93,7 +94,7 @@ class Trace:
     def timesteps(self, label: str | None = None) -> list[float]:
         """Timesteps recorded for `label`, in sampling order (from noise to image)."""
         label = self._label(label)
-        return sorted((t for name, t in self._cells if name == label), reverse=True)
+        return sorted((t for name, t in self._cells if name == label), reverse=not self.anatomy.row.ascending)
 
     def num_images(self, label: str | None = None, timestep: float | None = None) -> int:
         """How many image passes `mean_abs` with the same arguments averages over."""
@@ -250,7 +251,7 @@ def record(target: Any, *, ratio: float = 5.0, track: Sequence[int] = (), keep: 
     current: list[Pass] = []  # the pass under way, announced by the transformer's pre-hook
 
     def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        call = Call.of(args, kwargs)
+        call = Call.of(anatomy, args, kwargs)
         current[:] = [Pass(row_labels(call), call.timesteps())]
 
     def watch_block(block: Block) -> Callable[..., None]:
@@ -261,26 +262,23 @@ def record(target: Any, *, ratio: float = 5.0, track: Sequence[int] = (), keep: 
 
         return hook
 
-    def watch_gate(row: int, index: int) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
+    def watch_gate(row: int, gate: Gate) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
             now = degraded_pass.get() or current[0]
             if trace.gate_rows[row][0] > now.edited_block:
-                trace.add_gate(row, output[index].detach(), now)
+                trace.add_gate(row, gate.read(module, args, kwargs, output).detach(), now)
 
         return hook
 
-    handles = [anatomy.model.register_forward_pre_hook(begin, with_kwargs=True)]
-    row = 0
-    for block in anatomy.blocks:
-        handles.append(block.module.register_forward_hook(watch_block(block)))
-        for gate, module in block.gates:
-            handles.append(module.register_forward_hook(watch_gate(row, gate.index)))
-            row += 1
-    try:
+    with anatomy.follow(), ExitStack() as handles:
+        handles.callback(anatomy.model.register_forward_pre_hook(begin, with_kwargs=True).remove)
+        row = 0
+        for block in anatomy.blocks:
+            handles.callback(tap(block.module, watch_block(block)))
+            for gate, module in block.gates:
+                handles.callback(module.register_forward_hook(watch_gate(row, gate), with_kwargs=True).remove)
+                row += 1
         yield trace
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 # ------------------------------------------------------------------------------------------------------------- disrupt
@@ -357,8 +355,9 @@ def disrupt(target: Any, *, block: int, dims: Sequence[int], kind: str = "zero",
         return edited.with_image(output, edit(edited.image(output)))
 
     # before all other hooks, so that `record` sees what the later blocks see, in whatever order the two were entered
-    handle = edited.module.register_forward_hook(hook, prepend=True)
-    try:
-        yield edit
-    finally:
-        handle.remove()
+    with anatomy.follow():
+        remove = tap(edited.module, hook, first=True)
+        try:
+            yield edit
+        finally:
+            remove()

@@ -1,67 +1,294 @@
-"""Anatomy: the blocks are the real ones, and the gates are those of Eq. 2."""
+"""Anatomy: the blocks, image tokens and gates of each class against diffusers itself."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from diffusers import AllegroTransformer3DModel, HunyuanDiT2DModel, ModelMixin
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from torch import Tensor, nn
 
-from dgkit.anatomy import Call, dissect, select_rows
+import dgkit
+from dgkit.anatomy import TRANSFORMERS, Call, dissect
 from dgkit.errors import DgkitError, ModelError
-from tests.tiny_models import CLASSES, build, inputs
+from dgkit.hooks import make_edit
+from tests.tiny_models import ALL_CLASSES, STREAMS, TEXT, build, image_slice, inputs, streams
+
+SIDE = 2  # image tokens along one side
+each_class = pytest.mark.parametrize("name", ALL_CLASSES)
 
 
-@pytest.mark.parametrize("name", CLASSES)
+def predict(model: nn.Module, call: dict[str, Any]) -> Tensor:
+    prediction = model(**call, return_dict=False)[0]
+    return torch.stack(prediction) if isinstance(prediction, list) else prediction
+
+
+@contextmanager
+def after(module: nn.Module, hook: Callable[..., Any], **options: Any) -> Iterator[None]:
+    handle = module.register_forward_hook(hook, **options)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def taken(output: Any, index: int | None, where: str) -> Tensor:
+    """The image tokens of a block's output as `STREAMS` has it."""
+    return (output if index is None else output[index])[:, image_slice(where, SIDE)]
+
+
+# -------------------------------------------------------------------------------------------------------------- blocks
+
+
+@each_class
+@torch.no_grad()
 def test_block_order_is_the_order_of_execution(name: str) -> None:
     model = build(name)
-    order: list[int] = []
+    order: list[nn.Module] = []
+    with ExitStack() as stack:
+        for path in STREAMS[name]:
+            for block in getattr(model, path):
+                stack.enter_context(after(block, lambda m, a, o: order.append(m)))
+        predict(model, inputs(name, 1, tokens=SIDE))
+    anatomy = dissect(model)
+    assert [block.module for block in anatomy.blocks] == order
+    assert [block.index for block in anatomy.blocks] == list(range(len(order)))
+
+
+def without_mixing(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """An attention in which no token sees another, so that a text token cannot reach an image token."""
+    return value if value.shape[2] == query.shape[2] else torch.zeros_like(query)
+
+
+@each_class
+@torch.no_grad()
+def test_the_image_tokens_are_those_that_the_prediction_is_made_of(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where tokens do not mix, changing an image token changes the prediction, and changing all the others does not."""
+    tokens = torch.arange(SIDE**2)
+    model, call = build(name, depth=2), inputs(name, len(tokens), tokens=SIDE)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", without_mixing)
+    anatomy = dissect(model)
+    with anatomy.follow():
+        plain = predict(model, call)
+        for block in anatomy.blocks:
+
+            def all_others_changed(module: nn.Module, args: Any, output: Any, block=block) -> Any:
+                parts = output if isinstance(output, tuple) else (output,)
+                noisy = tuple(part if part is None else part + 1 for part in parts)
+                return block.with_image(noisy if isinstance(output, tuple) else noisy[0], block.image(output))
+
+            def each_changed(module: nn.Module, args: Any, output: Any, block=block) -> Any:
+                image = block.image(output).clone()
+                assert image.shape == (len(tokens), len(tokens), anatomy.channels)
+                image[tokens, tokens, 0] += 1  # another token in each row of the batch
+                return block.with_image(output, image)
+
+            with after(block.module, all_others_changed):
+                torch.testing.assert_close(predict(model, call), plain, rtol=1e-5, atol=1e-5)
+            with after(block.module, each_changed):
+                assert ((predict(model, call) - plain).abs() > 1e-4).flatten(1).any(1).all()
+
+
+@each_class
+@torch.no_grad()
+def test_text_stands_where_the_stack_says_in_joint_attention(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As above, but inside: noise on the attention's outputs at the text tokens does not reach the prediction."""
+    model, call = build(name, depth=2), inputs(name, 1, tokens=SIDE)
+    joint: list[int] = []
+
+    def run(block: Any, noisy: str) -> Tensor:
+        inside = [False]
+
+        def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            output = without_mixing(query, key, value).clone()
+            others = query.shape[2] - SIDE**2
+            if inside[0] and key.shape[2] == query.shape[2] and others > 0:
+                joint.append(block.index)
+                border = others if block.stack.text_first else SIDE**2
+                output[:, :, :border] += noisy == ("text" if block.stack.text_first else "image")
+                output[:, :, border:] += noisy == ("image" if block.stack.text_first else "text")
+            return output
+
+        monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+        enter = block.module.register_forward_pre_hook(lambda m, a: inside.__setitem__(0, True))
+        with after(block.module, lambda m, a, o: inside.__setitem__(0, False)):
+            prediction = predict(model, call)
+        enter.remove()
+        return prediction
+
     for block in dissect(model).blocks:
-        block.module.register_forward_hook(lambda m, a, o, i=block.index: order.append(i))
-    with torch.no_grad():
-        model(**inputs(name, 1))
-    assert order == list(range(len(order))) and len(order) == {"sd3": 3, "flux": 5, "dit": 3}[name]
+        plain, joint[:] = run(block, "nothing"), []
+        if block.stack.text_first is not None:
+            torch.testing.assert_close(run(block, "text"), plain, rtol=1e-5, atol=1e-5)
+            assert ((run(block, "image") - plain).abs() > 1e-4).any()
+            assert joint, "the blocks' attention is joint"
 
 
-@pytest.mark.parametrize("name", CLASSES)
+@each_class
+@torch.no_grad()
+def test_disrupt_changes_the_image_tokens_of_one_block(name: str) -> None:
+    """Against a hook that knows only diffusers; every other token of the block's output stays."""
+    model, call = build(name, depth=2, seed=1), inputs(name, 3, seed=2, tokens=SIDE)
+    dims = [0, 5]
+    plain = predict(model, call)
+    for number, (block, index, where) in enumerate(streams(name, model)):
+        outputs: list[Any] = []
+
+        def zero(module: nn.Module, args: Any, output: Any, outputs=outputs, index=index, where=where) -> Any:
+            changed = [output] if index is None else list(output)
+            changed[index or 0] = changed[index or 0].clone()
+            changed[index or 0][:, image_slice(where, SIDE), dims] = 0
+            outputs.append(changed)
+            return changed[0] if index is None else tuple(changed)
+
+        def see(module: nn.Module, args: Any, output: Any, outputs=outputs, index=index) -> None:
+            outputs.append([output] if index is None else output)
+
+        with after(block, zero):
+            expected = predict(model, call)
+        with dgkit.disrupt(model, block=number, dims=dims), after(block, see):
+            assert torch.equal(predict(model, call), expected)
+        for ours, theirs in zip(*outputs, strict=True):
+            assert ours is theirs is None or torch.equal(ours, theirs)
+        assert not torch.equal(expected, plain)
+    assert torch.equal(predict(model, call), plain)
+
+
+@each_class
+@torch.no_grad()
+def test_replay_is_exact(name: str) -> None:
+    """What the guidance engine relies on: blocks up to m may all return what the last of their stack returned."""
+    model, call = build(name, depth=3), inputs(name, 2, tokens=SIDE)
+    blocks = streams(name, model)
+    paths = [path for path in STREAMS[name] for _ in getattr(model, path)]
+    anatomy = dissect(model)
+    edit = make_edit(anatomy, [1, 4])
+    kept: list[Any] = []
+    with anatomy.follow(), ExitStack() as stack:
+        for block, *_ in blocks:
+            stack.enter_context(after(block, lambda m, a, o: kept.append(o)))
+        plain = predict(model, call)
+    outputs = list(kept)
+    for last in range(len(blocks)):
+        with dgkit.disrupt(model, block=last, dims=edit.dims):
+            disrupted = predict(model, call)
+        block = anatomy.blocks[last]
+        edited = block.with_image(outputs[last], edit(block.image(outputs[last])))
+        for own, expected in ((outputs[last], plain), (edited, disrupted)):
+            known = {path: outputs[i] for i, path in enumerate(paths[: last + 1])} | {paths[last]: own}
+            for (module, *_), path in list(zip(blocks, paths, strict=True))[: last + 1]:
+                module.forward = lambda *args, known=known[path], **kwargs: known
+            assert torch.equal(predict(model, call), expected)
+            for module, *_ in blocks[: last + 1]:
+                del module.forward
+
+
+# -------------------------------------------------------------------------------------------------------------- record
+
+
+@each_class
+@torch.no_grad()
+def test_record_equals_a_plain_hook(name: str) -> None:
+    model, call = build(name, depth=2), inputs(name, 3, tokens=SIDE)
+    kept: list[Tensor] = []
+    with ExitStack() as stack:
+        for block, index, where in streams(name, model):
+            stack.enter_context(
+                after(block, lambda m, a, o, index=index, where=where: kept.append(taken(o, index, where).double()))
+            )
+        predict(model, call)
+    with dgkit.record(model) as trace:
+        predict(model, call)
+    assert trace.num_images() == 3
+    for number, image in enumerate(kept):
+        torch.testing.assert_close(trace.mean_abs()[number], image.abs().mean((0, 1)), rtol=1e-6, atol=1e-7)
+
+
+# branch -> submodule whose output alpha scales, by list of blocks; None: added as it is, without a gate
+DOUBLE = {"msa": "attn", "mlp": "ff"}
+CROSS = {"msa": "attn1", None: "attn2", "mlp": "ff"}
+BRANCHES: dict[str, dict[str, dict[str | None, str]]] = {
+    "sd3": {"transformer_blocks": {**DOUBLE, "msa2": "attn2"}},
+    "flux": {"transformer_blocks": DOUBLE, "single_transformer_blocks": {"msa+mlp": "proj_out"}},
+    "dit": {"transformer_blocks": {"msa": "attn1", "mlp": "ff"}},
+    "pixart": {"transformer_blocks": CROSS},
+    "sana": {"transformer_blocks": CROSS},
+    "auraflow": {"joint_transformer_blocks": {"mlp": "ff"}, "single_transformer_blocks": {"mlp": "ff"}},
+    "lumina2": dict.fromkeys(("noise_refiner", "layers"), {"msa": "norm2", "mlp": "ffn_norm2"}),
+    "z_image": dict.fromkeys(("noise_refiner", "layers"), {"msa": "attention_norm2", "mlp": "ffn_norm2"}),
+    "qwen_image": {"transformer_blocks": {"msa": "attn", "mlp": "img_mlp"}},
+    "hunyuan_image": {"transformer_blocks": DOUBLE, "single_transformer_blocks": {"msa+mlp": "proj_out"}},
+    "hidream": dict.fromkeys(
+        ("double_stream_blocks", "single_stream_blocks"), {"msa": "block.attn1", "mlp": "block.ff_i"}
+    ),
+    "chroma": {"transformer_blocks": DOUBLE, "single_transformer_blocks": {"msa+mlp": "proj_out"}},
+    "cogview4": {"transformer_blocks": {"msa": "attn1", "mlp": "ff"}},
+    "cogvideox": {"transformer_blocks": {"msa": "attn1", "mlp": "ff"}},
+    "wan": {"blocks": {"msa": "attn1", None: "attn2", "mlp": "ffn"}},
+    "ltx": {"transformer_blocks": CROSS},
+    "flux2": {"transformer_blocks": DOUBLE, "single_transformer_blocks": {"msa+mlp": "attn"}},
+    "mochi": {"transformer_blocks": {"msa": "norm2.norm", "mlp": "norm4.norm"}},
+}
+# submodules whose output holds text too, in a block whose own output keeps the two apart
+TEXT_IN_BRANCH = {
+    ("flux", "proj_out"): "last",
+    ("hunyuan_image", "proj_out"): "first",
+    ("cogvideox", "ff"): "last",
+}
+
+
+@each_class
 @torch.no_grad()
 def test_gates_are_the_residual_scaling_of_eq_2(name: str) -> None:
-    """z^{k+1} - z^k = sum over branches of alpha_k times the branch's output, for image tokens."""
-    model = build(name, depth=4).double()
-    seen: dict[str, torch.Tensor] = {}
+    """z^{k+1} - z^k = sum over branches of alpha_k times the branch's output, for image tokens, in float64."""
+    model = build(name, depth=3).double()
+    call = {k: as_double(v) for k, v in inputs(name, 2, tokens=SIDE).items()}
+    blocks = {block.module: block for block in dissect(model).blocks}
+    for path, (index, where) in STREAMS[name].items():
+        for module in getattr(model, path):
+            branches = {b: s for b, s in BRANCHES[name][path].items() if b != "msa2" or module.use_dual_attention}
+            seen: dict[Any, Tensor] = {}
+            with ExitStack() as stack:
 
-    def keep(key: str):
-        def hook(module: nn.Module, args, kwargs, output) -> None:
-            seen[key] = output[0] if isinstance(output, tuple) else output
+                def keep(module: nn.Module, args: Any, output: Any, seen=seen, branches=branches) -> None:
+                    seen.setdefault(module, output[0] if isinstance(output, tuple) else output)  # image before text
 
-        return hook
+                def boundary(module: nn.Module, args: Any, kwargs: Any, output: Any, seen=seen) -> None:
+                    given = (*args, *(kwargs[key] for key in ("hidden_states", "x") if key in kwargs))[0]
+                    seen["change"] = taken(output, index, where) - given[:, image_slice(where, SIDE)]  # noqa: B023
 
-    for block in dissect(model).blocks:
-        gates = {gate.branch: module for gate, module in block.gates}
-        module, tokens = block.module, 16
-        if "msa+mlp" in gates:
-            branches = {"msa+mlp": module.proj_out}
-        else:
-            branches = {"msa": getattr(module, "attn", None) or module.attn1, "mlp": module.ff}
-            if "msa2" in gates:
-                branches["msa2"] = module.attn2
-        handles = [m.register_forward_hook(keep(b), with_kwargs=True) for b, m in branches.items()]
-        for gate, norm in block.gates:
-            handles.append(
-                norm.register_forward_hook(
-                    lambda m, a, o, k=gate: seen.__setitem__(f"alpha {k.branch}", o[k.index])  # type: ignore[misc]
-                )
-            )
+                def alpha(module: nn.Module, args: Any, kwargs: Any, output: Any, gate: Any = None, seen=seen) -> None:
+                    seen[f"alpha {gate.branch}"] = gate.read(module, args, kwargs, output)
 
-        def boundary(module: nn.Module, args, kwargs, output, block=block) -> None:
-            seen["in"] = args[0] if args else kwargs["hidden_states"]
-            seen["out"] = block.image(output)
+                for submodule in branches.values():
+                    stack.enter_context(after(module.get_submodule(submodule), keep))
+                for gate, source in blocks[module].gates:
+                    stack.enter_context(
+                        after(source, lambda m, a, kw, o, g=gate, f=alpha: f(m, a, kw, o, g), with_kwargs=True)
+                    )
+                stack.enter_context(after(module, boundary, with_kwargs=True))
+                predict(model, call)
+            assert [gate.branch for gate, _ in blocks[module].gates] == [
+                b for b in ("msa", "msa2", "mlp", "msa+mlp") if b in branches
+            ]
+            total = torch.zeros_like(seen["change"])
+            for branch, submodule in branches.items():
+                output = seen[module.get_submodule(submodule)]
+                output = output.flatten(2).transpose(1, 2) if output.ndim == 4 else output
+                output = output[:, image_slice(TEXT_IN_BRANCH.get((name, submodule), where), SIDE)]
+                gate = 1 if branch is None else seen[f"alpha {branch}"][:, None]
+                assert branch is None or gate.shape == (2, 1, output.shape[-1])
+                total += gate * output
+            assert (seen["change"] - total).norm() <= 1e-5 * seen["change"].norm()
 
-        handles.append(module.register_forward_hook(boundary, with_kwargs=True))
-        model(**{k: v.double() if v.is_floating_point() else v for k, v in inputs(name, 2).items()})
-        assert set(gates) == set(branches)
-        total = sum(seen[f"alpha {b}"][:, None] * seen[b][:, -tokens:] for b in branches)
-        difference = seen["out"] - seen["in"]
-        assert (difference - total).norm() <= 1e-5 * difference.norm()
-        for handle in handles:
-            handle.remove()
+
+def as_double(value: Any) -> Any:
+    if isinstance(value, list):
+        return [as_double(item) for item in value]
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def test_dual_attention_blocks_have_three_gates_and_others_two() -> None:
@@ -69,9 +296,381 @@ def test_dual_attention_blocks_have_three_gates_and_others_two() -> None:
     assert [[g.branch for g, _ in b.gates] for b in blocks] == [["msa", "msa2", "mlp"], ["msa", "mlp"], ["msa", "mlp"]]
 
 
-def test_dit_guides_the_noise_half_only() -> None:
-    assert dissect(build("dit")).predicted_channels == 4
+@torch.no_grad()
+def test_flux2_has_one_gate_for_all_blocks_of_a_stack() -> None:
+    model = build("flux2", depth=4)
+    with dgkit.record(model) as trace:
+        predict(model, inputs("flux2", 2))
+    gates = dgkit.residual_gates(trace)
+    assert torch.equal(gates.of(0, "msa"), gates.of(2, "msa"))
+    assert torch.equal(gates.of(3, "msa+mlp"), gates.of(6, "msa+mlp"))
+    assert not torch.equal(gates.of(0, "msa"), gates.of(0, "mlp"))
+
+
+@pytest.mark.parametrize("name", ["wan", "ltx"])
+@torch.no_grad()
+def test_a_timestep_per_token(name: str) -> None:
+    """Image-to-video gives the tokens of the first frame the timestep 0; alpha is then the mean over tokens."""
+    model, call = build(name), inputs(name, 2, tokens=SIDE)
+    apart = []
+    for t in (500.0, 0.0):
+        with dgkit.record(model) as trace:
+            predict(model, call | {"timestep": torch.full((2,), t)})
+        apart.append(dgkit.residual_gates(trace).mean)
+    with dgkit.record(model) as trace:
+        predict(model, call | {"timestep": torch.tensor([[500.0, 0.0, 500.0, 500.0]] * 2)})
+    assert trace.timesteps() == [500.0]
+    torch.testing.assert_close(dgkit.residual_gates(trace).mean, 0.75 * apart[0] + 0.25 * apart[1])
+
+
+@pytest.mark.parametrize("name", ["lumina2", "z_image", "flux"])
+@torch.no_grad()
+def test_timesteps_run_from_noise_to_image(name: str) -> None:
+    model, call = build(name, depth=2), inputs(name, 1, tokens=SIDE)
+    argument = "t" if name == "z_image" else "timestep"
+    with dgkit.record(model) as trace:
+        for t in (0.25, 0.75):
+            predict(model, call | {argument: torch.tensor([t])})
+    assert trace.timesteps() == ([0.75, 0.25] if name == "flux" else [0.25, 0.75])
+
+
+def test_dit_and_pixart_guide_the_noise_half_only() -> None:
+    assert dissect(build("dit")).predicted_channels == dissect(build("pixart")).predicted_channels == 4
     assert dissect(build("sd3")).predicted_channels is None
+
+
+# -------------------------------------------------------------------------------------------- layouts that calls decide
+
+
+@torch.no_grad()
+def test_hidream_pads_what_is_not_square() -> None:
+    model, call = build("hidream", depth=2), inputs("hidream", 2)
+    call["hidden_states"] = torch.randn(2, 4, 4, 8, generator=torch.Generator().manual_seed(0))  # 2 x 4 patches
+    kept: list[Tensor] = []
+    blocks = [block for block, *_ in streams("hidream", model)]
+    with ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(
+                after(block, lambda m, a, o: kept.append((o[0] if isinstance(o, tuple) else o)[:, :8].double()))
+            )
+        predict(model, call)
+    with dgkit.record(model) as trace:
+        predict(model, call)
+    for number, image in enumerate(kept):
+        torch.testing.assert_close(trace.mean_abs()[number], image.abs().mean((0, 1)), rtol=1e-6, atol=1e-7)
+    model.double()
+    sizes = {"img_sizes": torch.tensor([[2, 4], [4, 2]]), "hidden_states_masks": torch.ones(2, 8)}
+    anatomy = dissect(model)
+    assert anatomy.row.tokens(model, call | sizes) == 8  # type: ignore[misc]
+    sizes["img_sizes"] = torch.tensor([[2, 4], [2, 2]])
+    with pytest.raises(ModelError, match=r"the images of one batch have \[8, 4\] tokens"):
+        anatomy.row.tokens(model, call | sizes)  # type: ignore[misc]
+
+
+@torch.no_grad()
+def test_the_layout_is_that_of_the_last_call() -> None:
+    model = build("flux2", depth=2)
+    with dgkit.record(model) as trace, dgkit.record(model) as inner:
+        for side in (2, 4):
+            predict(model, inputs("flux2", 1, tokens=side))
+            assert trace.anatomy.layout.tokens == inner.anatomy.layout.tokens == side**2
+
+
+@torch.no_grad()
+def test_lumina2_refuses_prompts_of_different_length_in_one_batch() -> None:
+    model, call = build("lumina2", depth=2), inputs("lumina2", 2, tokens=SIDE)
+    call["encoder_attention_mask"][1, -2:] = False
+    predict(model, call)
+    with pytest.raises(ModelError, match=r"have \[5, 3\] tokens.*different places"), dgkit.record(model):
+        predict(model, call)
+
+
+@torch.no_grad()
+def test_z_image_with_prompts_of_different_length() -> None:
+    """The image comes first, so edits hit it; but a batch without its longest prompt would be shorter."""
+    model, call = build("z_image", depth=2), inputs("z_image", 2, tokens=SIDE)
+    call["cap_feats"][1] = torch.randn(40, 16, generator=torch.Generator().manual_seed(0))
+    together = []
+    for rows in ([0, 1], [0], [1]):
+        with dgkit.record(model) as trace:
+            predict(model, {k: [v[row] for row in rows] for k, v in call.items() if k != "t"} | {"t": call["t"][rows]})
+        together.append(trace.mean_abs())
+    torch.testing.assert_close(together[0], (together[1] + together[2]) / 2, rtol=1e-4, atol=1e-5)
+    anatomy = dissect(model)
+    _, cut = anatomy.select_rows((), call, torch.tensor([1]), 2)
+    assert len(cut["x"]) == len(cut["cap_feats"]) == len(cut["t"]) == 1
+    with pytest.raises(ModelError, match=r"have \[32, 64\] tokens: rows \[0\] alone"):
+        anatomy.select_rows((), call, torch.tensor([0]), 2)
+    call["x"][0] = torch.randn(4, 1, 8, 8)
+    with pytest.raises(ModelError, match=r"the images of one batch have \[16, 4\] tokens"), dgkit.record(model):
+        predict(model, call)
+    with pytest.raises(ModelError, match="omni"), dgkit.record(model):
+        model([[call["x"][0]]], torch.tensor([0.5]), [[call["cap_feats"][0]]])
+
+
+def test_image_tokens_are_unknown_before_a_call_is_followed() -> None:
+    with pytest.raises(ModelError, match=r"enter `anatomy.follow\(\)` before the model runs"):
+        dissect(build("flux2")).blocks[-1].image(torch.zeros(1, 9, 16))
+
+
+# ----------------------------------------------------------------------------------------------------- rows of a batch
+
+
+@each_class
+@pytest.mark.parametrize("batch", [SIDE**2, TEXT])  # as long as the positions of the image and of the text
+@torch.no_grad()
+def test_selected_rows_are_predicted_as_before(name: str, batch: int) -> None:
+    model, call = build(name, depth=2), inputs(name, batch, tokens=SIDE)
+    rows = torch.tensor([0, 2, 3])
+    first = next(iter(call))
+    args, kwargs = dissect(model).select_rows(
+        (call[first],), {k: v for k, v in call.items() if k != first}, rows, batch
+    )
+    assert len(args) == 1 and first not in kwargs
+    torch.testing.assert_close(
+        predict(model, {first: args[0]} | kwargs), predict(model, call)[rows], rtol=1e-4, atol=1e-5
+    )
+
+
+@each_class
+@pytest.mark.parametrize("batch", [1, SIDE**2])
+@torch.no_grad()
+def test_grown_rows_are_computed_as_before(name: str, batch: int) -> None:
+    model, call = build(name, depth=2), inputs(name, batch, tokens=SIDE)
+    anatomy = dissect(model)
+    rows = torch.tensor([0] if batch == 1 else [1, 3])
+    calls: list[Any] = []
+    with anatomy.follow(), ExitStack() as stack:
+        for block in anatomy.blocks:
+            stack.enter_context(
+                after(block.module, lambda m, a, kw, o, b=block: calls.append((b, a, kw, o)), with_kwargs=True)
+            )
+        predict(model, call)
+    for block, args, kwargs, output in list(calls):
+        args, kwargs = anatomy.grow(block, args, kwargs, rows, batch)
+        again = anatomy.grow(block, args, kwargs, rows, batch)
+        assert all(a is b for a, b in zip(args, again[0], strict=True) if isinstance(a, Tensor))
+        image = block.image(block.module(*again[0], **again[1]))
+        expected = block.image(output)
+        torch.testing.assert_close(image, torch.cat([expected, expected[rows]]), rtol=1e-4, atol=1e-5)
+
+
+def test_select_rows_copies_dicts_and_leaves_what_has_no_batch() -> None:
+    shared = {"scale": 1.0, "masks": torch.ones(2, 3), "image_rotary_emb": (torch.ones(2, 4), torch.ones(2, 4))}
+    samples = [torch.ones(2, 3), torch.ones(2, 3)]  # one per block, not one per row
+    _, kwargs = dissect(build("flux")).select_rows(
+        (),
+        {"joint_attention_kwargs": shared, "controlnet_block_samples": samples, "guidance": None},
+        torch.tensor([1]),
+        2,
+    )
+    copied = kwargs["joint_attention_kwargs"]
+    assert copied is not shared and copied["scale"] == 1.0 and copied["masks"].shape == (1, 3)
+    assert [t.shape for t in copied["image_rotary_emb"]] == [(2, 4), (2, 4)]
+    assert [t.shape for t in kwargs["controlnet_block_samples"]] == [(1, 3), (1, 3)] and kwargs["guidance"] is None
+
+
+def test_call_reads_positional_and_keyword_latents() -> None:
+    latents = torch.randn(2, 3)
+    anatomy = dissect(build("dit"))
+    assert Call.of(anatomy, (latents,), {"timestep": torch.tensor([7])}).timesteps() == [7.0, 7.0]
+    assert Call.of(anatomy, (), {"hidden_states": latents, "timestep": torch.tensor(7)}).batch == 2
+    assert Call.of(dissect(build("wan")), (latents, torch.tensor([[3.0, 9.0], [0.0, 8.0]])), {}).timesteps() == [9, 8]
+    assert Call.of(dissect(build("cogvideox")), (latents, latents, 7), {}).timesteps() == [7.0, 7.0]
+
+
+@each_class
+def test_call_reads_every_class(name: str) -> None:
+    call = inputs(name, 2, tokens=SIDE)
+    read = Call.of(dissect(build(name, depth=2)), (), call)
+    latents, t = next(iter(call.values())), next(v for k, v in call.items() if k in ("timestep", "timesteps", "t"))
+    assert read.hidden_states is latents and read.batch == 2 and read.timesteps() == t.tolist()
+    assert not read.halves_equal
+    first = next(iter(call))
+    twice = [latents[0], latents[0]] if isinstance(latents, list) else torch.stack([latents[0], latents[0]])
+    assert Call.of(dissect(build(name, depth=2)), (), call | {first: twice}).halves_equal
+
+
+# ------------------------------------------------------------------------------------------------- classes without row
+
+
+@pytest.mark.parametrize("name", ["pixart", "wan"])
+@torch.no_grad()
+def test_a_derived_anatomy_is_that_of_the_row(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, call = build(name), inputs(name, 2, tokens=SIDE)
+    results = []
+    for _ in range(2):
+        with dgkit.record(model) as trace, dgkit.disrupt(model, block=1, dims=[3]):
+            results.append((predict(model, call), trace.mean_abs()))
+        monkeypatch.delitem(TRANSFORMERS, type(model).__name__, raising=False)
+    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
+    with pytest.raises(ModelError, match="has no residual gate"):
+        dgkit.residual_gates(trace)
+
+
+@torch.no_grad()
+def test_a_class_that_dgkit_does_not_list() -> None:
+    torch.manual_seed(0)
+    model = AllegroTransformer3DModel(
+        patch_size=2, patch_size_t=1, num_attention_heads=1, attention_head_dim=24, in_channels=4, out_channels=4,
+        num_layers=2, cross_attention_dim=24, sample_height=4, sample_width=4, sample_frames=1, caption_channels=16,
+    ).eval()  # fmt: skip
+    assert type(model).__name__ not in TRANSFORMERS
+    call = {
+        "hidden_states": torch.randn(2, 4, 1, 4, 4),
+        "encoder_hidden_states": torch.randn(2, TEXT, 16),
+        "timestep": torch.tensor([500, 500]),
+    }
+    plain = predict(model, call)
+    kept: list[Tensor] = []
+    with after(model.transformer_blocks[1], lambda m, a, o: kept.append(o.double())), dgkit.record(model) as trace:
+        assert torch.equal(predict(model, call), plain)
+    torch.testing.assert_close(trace.mean_abs()[1], kept[0].abs().mean((0, 1)), rtol=1e-6, atol=1e-7)
+    with dgkit.disrupt(model, block=0, dims=[3]):
+        assert not torch.equal(predict(model, call), plain)
+
+
+class Blend(nn.Module):
+    """A block of one tensor, like those of cross-attention transformers."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states + self.linear(hidden_states)
+
+
+class Sketch(ModelMixin, ConfigMixin):
+    """A transformer of a class that dgkit has never seen."""
+
+    @register_to_config
+    def __init__(self, num_attention_heads: int = 2, attention_head_dim: int = 8, patch_size: int = 2) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Blend(num_attention_heads * attention_head_dim) for _ in range(3)])
+
+    def embed(self, hidden_states: Tensor) -> Tensor:
+        patches = F.unfold(hidden_states, self.config.patch_size, stride=self.config.patch_size)
+        return patches.transpose(1, 2)
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, return_dict: bool = True) -> tuple[Tensor]:
+        hidden_states = self.embed(hidden_states)
+        for block in self.blocks:
+            hidden_states = block(hidden_states)
+        return (hidden_states,)
+
+
+class WithText(Sketch):
+    """The text stands in the tensor of the image: only the number of tokens tells."""
+
+    def embed(self, hidden_states: Tensor) -> Tensor:
+        image = super().embed(hidden_states)
+        return torch.cat([image[:, :1], image], 1)
+
+
+class WithSkip(Sketch):
+    """A long skip connection, which a replayed pass would feed with the wrong tensors."""
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, return_dict: bool = True) -> tuple[Tensor]:
+        hidden_states = self.embed(hidden_states)
+        skips: list[Tensor] = []
+        for block in self.blocks:
+            hidden_states = block(hidden_states)
+            skips.append(hidden_states)
+        return (hidden_states + skips[0],)
+
+
+class Twice(Sketch):
+    """Blocks that run two times."""
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, return_dict: bool = True) -> tuple[Tensor]:
+        hidden_states = self.embed(hidden_states)
+        for block in self.blocks:
+            hidden_states = block(hidden_states)
+        for block in self.blocks:
+            hidden_states = block(hidden_states)
+        return (hidden_states,)
+
+
+class InParallel(Sketch):
+    """Blocks that all read the embedding."""
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, return_dict: bool = True) -> tuple[Tensor]:
+        embedded = hidden_states = self.embed(hidden_states)
+        for block in self.blocks:
+            hidden_states = block(embedded)
+        return (hidden_states,)
+
+
+class Mixed(Sketch):
+    """Blocks of two classes."""
+
+    def __init__(self, **options: int) -> None:
+        super().__init__(**options)
+        self.blocks[1] = nn.Identity()
+
+
+LATENTS = {"hidden_states": torch.ones(1, 4, 4, 4), "timestep": torch.tensor([1.0])}
+
+
+@torch.no_grad()
+def test_a_plain_sketch_is_derived() -> None:
+    with dgkit.record(Sketch()) as trace:
+        trace.anatomy.model(**LATENTS)
+    assert trace.mean_abs().shape == (3, 16) and trace.mean_abs().isfinite().all()
+
+
+@pytest.mark.parametrize("kind", [WithSkip, Twice, InParallel])
+def test_blocks_whose_outputs_do_more_than_pass_on_are_refused(kind: type[Sketch]) -> None:
+    with pytest.raises(ModelError, match=r"cannot be derived: its forward does more in the loop over `blocks`"):
+        dissect(kind())
+
+
+@torch.no_grad()
+def test_text_in_the_tensor_of_the_image_is_refused() -> None:
+    model = WithText()
+    model(**LATENTS)
+    for look in (dgkit.record(model), dgkit.disrupt(model, block=1, dims=[0])):
+        with pytest.raises(ModelError, match=r"\(Blend\) returned 5 tokens for 4 image tokens.*row of its own"), look:
+            model(**LATENTS)
+
+
+@torch.no_grad()
+def test_latents_that_are_a_sequence_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("ltx")
+    monkeypatch.delitem(TRANSFORMERS, type(model).__name__)
+    with pytest.raises(ModelError, match="a sequence, of which some tokens could be text"), dgkit.record(model):
+        predict(model, inputs("ltx", 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("flux", "not exactly one ModuleList"),
+        ("z_image", "not exactly one ModuleList"),
+        ("sd3", "not annotated to return one tensor"),
+        ("sana", "does more in the loop over `transformer_blocks`"),  # ControlNet residuals
+    ],
+)
+def test_classes_that_cannot_be_derived(name: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build(name)
+    monkeypatch.delitem(TRANSFORMERS, type(model).__name__)
+    with pytest.raises(ModelError, match=f"cannot be derived: .*{words}.*one row in dgkit.anatomy.TRANSFORMERS"):
+        dissect(model)
+
+
+def test_other_classes_that_cannot_be_derived() -> None:
+    with pytest.raises(ModelError, match="not exactly one ModuleList of blocks of one class"):
+        dissect(Mixed())
+    hunyuan = HunyuanDiT2DModel(
+        num_attention_heads=1, attention_head_dim=16, in_channels=4, patch_size=2, sample_size=4, hidden_size=16,
+        num_layers=4, cross_attention_dim=16, cross_attention_dim_t5=16, pooled_projection_dim=16,
+    )  # fmt: skip
+    with pytest.raises(ModelError, match="or they take a skip connection"):
+        dissect(hunyuan)
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
 
 
 @pytest.mark.parametrize("bad", [-1, 3, 1.0, "1", None, True])
@@ -108,18 +707,3 @@ def test_compiled_blocks_are_accepted() -> None:
     for block in model.transformer_blocks:
         block.compile()
     assert len(dissect(model).blocks) == 3
-
-
-def test_select_rows_cuts_batched_tensors_and_copies_dicts() -> None:
-    shared = {"scale": 1.0}
-    args, kwargs = select_rows(
-        (torch.arange(4),), {"temb": torch.ones(4, 2), "k": shared, "n": None}, torch.tensor([2, 3]), 4
-    )
-    assert args[0].tolist() == [2, 3] and kwargs["temb"].shape == (2, 2)
-    assert kwargs["k"] == shared and kwargs["k"] is not shared and kwargs["n"] is None
-
-
-def test_call_reads_positional_and_keyword_latents() -> None:
-    latents = torch.randn(2, 3)
-    assert Call.of((latents,), {"timestep": torch.tensor([7])}).timesteps() == [7.0, 7.0]
-    assert Call.of((), {"hidden_states": latents, "timestep": torch.tensor(7)}).batch == 2

@@ -45,7 +45,8 @@ def test_a_users_own_pipeline_is_recognised_by_its_shape(monkeypatch: pytest.Mon
     assert zoo.preset_of(pipe) is preset
     with dgkit.detail_guidance(pipe) as guidance:
         with_cfg = sample(pipe, "sd3", guidance_scale=4.0)
-    assert (guidance.block, guidance.dims, guidance.scale) == (1, [2, 3], (1.5, 0.5))
+    dg = guidance.dg
+    assert (dg.block, dg.dims, dg.scale, dg.scale_with_cfg) == (1, [2, 3], 1.5, 0.5)
     with dgkit.detail_guidance(pipe, scale=0.5, block=1, dims=[2, 3]):
         assert torch.equal(sample(pipe, "sd3", guidance_scale=4.0), with_cfg)
     with dgkit.detail_guidance(pipe):

@@ -1,7 +1,7 @@
 """What dgkit knows about the insides of diffusers' transformers and pipelines. Nothing else in the package does."""
 
-from dgkit.anatomy.pipelines import COND, DEGRADED, PIPELINES, UNCOND, UNKNOWN, RowLabels, pipeline_row
-from dgkit.anatomy.transformers import TRANSFORMERS, Anatomy, Block, Call, Gate, Stack, dissect, select_rows
+from dgkit.anatomy.pipelines import COND, DEGRADED, PIPELINES, UNCOND, UNKNOWN, RowLabels, Step, pipeline_row, step_of
+from dgkit.anatomy.transformers import TRANSFORMERS, Anatomy, Block, Call, Gate, Stack, dissect
 
 __all__ = [
     "COND",
@@ -15,8 +15,9 @@ __all__ = [
     "Call",
     "Gate",
     "RowLabels",
+    "Step",
     "Stack",
     "dissect",
     "pipeline_row",
-    "select_rows",
+    "step_of",
 ]

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from dgkit.anatomy.transformers import Call
-from dgkit.errors import ModelError
+from dgkit.errors import DgkitError, ModelError
 
 COND, UNCOND, DEGRADED, UNKNOWN = "cond", "uncond", "degraded", "unknown"
 
@@ -20,12 +20,14 @@ class Pipeline:
         condition: the argument of `__call__` that holds the prompts or classes.
         rows: labels the batch rows of a transformer call, from the pipeline, the call and the latents of the call
             before.
+        velocity: whether the transformer predicts the velocity of rectified flow; else the noise of a VP diffusion.
         guidance: arguments of `__call__` for s of u + s (c - u) and a number of images; s = 1 is no CFG.
         batched_cfg: whether CFG is one call on a doubled batch; else a second call, of which the first cannot know.
     """
 
     condition: str
     rows: Callable[[Any, Call, Tensor | None], tuple[str, ...]]
+    velocity: bool
     guidance: Callable[[float, int], dict[str, Any]] = lambda s, count: {"guidance_scale": s}
     batched_cfg: bool = True
 
@@ -56,9 +58,9 @@ def _dit_rows(pipe: Any, call: Call, previous: Tensor | None) -> tuple[str, ...]
 
 # by the beginning of the class name, so that image-to-image and inpainting variants share a row
 PIPELINES: dict[str, Pipeline] = {
-    "StableDiffusion3": Pipeline("prompt", _sd3_rows),
-    "Flux": Pipeline("prompt", _flux_rows, _flux_guidance, batched_cfg=False),
-    "DiT": Pipeline("class_labels", _dit_rows),
+    "StableDiffusion3": Pipeline("prompt", _sd3_rows, velocity=True),
+    "Flux": Pipeline("prompt", _flux_rows, velocity=True, guidance=_flux_guidance, batched_cfg=False),
+    "DiT": Pipeline("class_labels", _dit_rows, velocity=False),
 }
 
 
@@ -95,3 +97,67 @@ class RowLabels:
         labels = self._row.rows(self._pipe, call, self._previous)
         self._previous = call.hidden_states
         return labels
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where a sampling step is in its schedule, with x = signal * x0 + noise * eps before and after it.
+
+    Attributes:
+        index, count: which step, zero-based, of how many.
+        signal, noise: before the step.
+        next_signal, next_noise: after it.
+        velocity: whether the prediction is v = eps - x0 (rectified flow), else eps.
+        deterministic: whether the scheduler takes Euler / DDIM steps without fresh noise.
+    """
+
+    index: int
+    count: int
+    signal: float
+    noise: float
+    next_signal: float
+    next_noise: float
+    velocity: bool
+    deterministic: bool
+
+    @property
+    def sigma(self) -> float:
+        """The noise level as schedulers name it: from 1 to 0 in rectified flow, noise over signal in a VP diffusion."""
+        return self.noise if self.velocity else self.noise / self.signal
+
+    def denoised(self, x: Tensor, prediction: Tensor) -> Tensor:
+        """x0 from x and the prediction."""
+        return x - self.noise * prediction if self.velocity else (x - self.noise * prediction) / self.signal
+
+    def prediction(self, x: Tensor, denoised: Tensor) -> Tensor:
+        """The inverse of `denoised`."""
+        return (x - denoised) / self.noise if self.velocity else (x - self.signal * denoised) / self.noise
+
+
+def step_of(pipe: Any, call: Call) -> Step:
+    """The sampling step in which `pipe` makes the transformer call `call`.
+
+    Raises:
+        DgkitError: the scheduler does not tell.
+    """
+    scheduler, velocity = pipe.scheduler, pipeline_row(pipe).velocity
+    begin = getattr(scheduler, "begin_index", None) or 0
+    index = getattr(scheduler, "step_index", None)
+    if index is None and hasattr(scheduler, "step_index"):
+        index = begin
+    elif index is None:  # DDIM: the timestep is an integer of the schedule
+        places = (scheduler.timesteps == call.timesteps()[0]).nonzero()
+        if not len(places):
+            raise DgkitError(f"timestep {call.timesteps()[0]:g} is not in the schedule of {type(scheduler).__name__}")
+        index = int(places[0])
+    count, plain = len(scheduler.timesteps) - begin, type(scheduler).__name__
+    if velocity:
+        now, after = (float(s) for s in scheduler.sigmas[index : index + 2])
+        deterministic = plain == "FlowMatchEulerDiscreteScheduler" and not scheduler.config.stochastic_sampling
+        return Step(index - begin, count, 1 - now, now, 1 - after, after, True, deterministic)
+    t = int(scheduler.timesteps[index])
+    left = t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps  # as DDIMScheduler.step has it
+    kept = float(scheduler.alphas_cumprod[t])
+    kept_next = float(scheduler.alphas_cumprod[left] if left >= 0 else getattr(scheduler, "final_alpha_cumprod", 1.0))
+    levels = (kept**0.5, (1 - kept) ** 0.5, kept_next**0.5, (1 - kept_next) ** 0.5)
+    return Step(index - begin, count, *levels, False, plain == "DDIMScheduler")
