@@ -365,7 +365,7 @@ def guidance_values(runs: Mapping[str, GuidedRun], conditions: Sequence[Any] | N
         values |= {f"contrast.{name}.{m}": contrast(effects, a, b, m) for m in measures}
     if conditions is not None:
         features = {name: np.asarray(fashion_classifier().features(run.images), float) for name, run in runs.items()}
-        values |= {f"{name}.frechet": _frechet_to_real(f) for name, f in features.items()}
+        values |= {f"{name}.frechet": frechet_to_real(f) for name, f in features.items()}
         values |= {
             f"contrast.{name}.frechet": frechet_change(features[a], features[b])
             for name, a, b in (("none", "DG", "none"), ("cfg", "CFG+DG", "CFG"))
@@ -380,9 +380,9 @@ def frechet_change(a: NDArray[np.float64], b: NDArray[np.float64], resamples: in
     """
     generator = np.random.default_rng(0)
     draws = [generator.integers(len(a), size=len(a)) for _ in range(resamples)]
-    changes = [_frechet_to_real(a[rows]) - _frechet_to_real(b[rows]) for rows in draws]
+    changes = [frechet_to_real(a[rows]) - frechet_to_real(b[rows]) for rows in draws]
     low, high = np.quantile(changes, [0.025, 0.975])
-    return Interval(_frechet_to_real(a) - _frechet_to_real(b), float(low), float(high))
+    return Interval(frechet_to_real(a) - frechet_to_real(b), float(low), float(high))
 
 
 @cache
@@ -390,7 +390,8 @@ def _real_features() -> dict[str, NDArray[Any]]:
     return load_file(DATA / "reference" / "fashion-mnist.safetensors")
 
 
-def _frechet_to_real(features: Any) -> float:
+def frechet_to_real(features: Any) -> float:
+    """Frechet distance of the shipped classifier's features (N, 64) to those of the Fashion-MNIST training set."""
     return frechet_distance_to(features, _real_features()["mean"], _real_features()["covariance"])
 
 
@@ -517,7 +518,7 @@ def table_6(runs: Mapping[tuple[str, int], GuidedRun]) -> pd.DataFrame:
             {
                 "setting": name,
                 "seed": seed,
-                "frechet": _frechet_to_real(features),
+                "frechet": frechet_to_real(features),
                 "is": inception_score(classifier(run.images)),
                 "precision": score.precision,
                 "recall": score.recall,

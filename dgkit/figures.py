@@ -32,6 +32,7 @@ LABELS = {
     "high_frequency_change": "change of\nhigh-frequency energy share",
     "class_agreement": "classifier agrees\nwith the class",
     "frechet": "Frechet distance\n(64 features)",
+    "frechet_change": "change of the\nFrechet distance",
     "is": "inception score\n(classifier)",
 }
 
@@ -197,8 +198,8 @@ def effects(summary: Mapping[str, Interval], settings: Sequence[str], columns: S
             ax.plot([point.low, point.high], [i, i], color=colour, linewidth=2)
             ax.plot(point.value, i, "o", color=colour)
         ax.set_xlabel(LABELS.get(column, column), fontsize=9)
-        if column == "sharpness_ratio":
-            ax.axvline(1, color="black", linewidth=0.8, linestyle="--")
+        if column in ("sharpness_ratio", "frechet_change"):
+            ax.axvline(int(column == "sharpness_ratio"), color="black", linewidth=0.8, linestyle="--")
         ax.grid(axis="x", alpha=0.4)
     axes[0, 0].set_yticks(range(len(settings)), settings)
     axes[0, 0].invert_yaxis()

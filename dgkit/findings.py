@@ -115,6 +115,22 @@ def ablations(v: Values) -> str:
         f"{v['block.strongest'] + 1} of {v['blocks']}, {middle} block; the paper: intermediate ones), by a ratio of "
         f"{v['block.strongest_ratio']:.2f}, against {v['block.last_ratio']:.2f} at the last block; sharpness "
         f"{_trend(v['w.rank_correlation'])} with w and {_trend(v['lambda.rank_correlation'])} with lambda."
+        f"{_methods(v)} Computing DG's direction in every 2nd step takes its cost from "
+        f"{v['every step.reuse_cost']:.2f} to {v['every 2nd step.reuse_cost']:.2f} times CFG's and moves the images by "
+        f"{v['every 2nd step.reuse_distance']:.2f} of what DG itself moves them."
+    )
+
+
+def _methods(v: Values) -> str:
+    """The comparison at equal cost, where there were enough images for a Frechet distance."""
+    changes = {key.removesuffix(".frechet_change"): v[key] for key in v if key.endswith(".frechet_change")}
+    if not changes:
+        return ""
+    better = sorted((name for name in changes if changes[name].high < 0), key=lambda name: changes[name].value)
+    named = ", ".join(f"{name} ({changes[name]:+.2f})" for name in better) or "none"
+    return (
+        f" At the cost of CFG in {v['CFG.steps']} steps (Frechet distance {v['CFG.frechet']:.2f}) the methods with a "
+        f"lower distance are: {named}; CFG + DG at w = {v['CFG + DG.scale']:g} changes it by {changes['CFG + DG']:+.2f}."
     )
 
 

@@ -111,7 +111,7 @@ class Result:
         from dgkit.findings import verdict
 
         glued = dict(self.values)
-        reference = _reference_of(self)
+        reference = reference_of(self.name, self.parameters["model"])
         if reference is not None:
             measured = reference.decoded()
             glued |= {f"reference.{key}": value for key, value in measured.items()}
@@ -139,7 +139,7 @@ class Result:
         sentence = FINDINGS[self.name]
         self["finding"] = sentence(self.values | self.parameters)
         paragraphs = [f"**This run.** {self['finding']}"]
-        reference = _reference_of(self)
+        reference = reference_of(self.name, self.parameters["model"])
         if reference is not None:
             measured = reference.decoded()
             commit = (reference.provenance["commit"] or "unknown")[:10]
@@ -182,9 +182,9 @@ def load(name: str, model: str, reference: bool = False) -> Record:
     return _read(path)
 
 
-def _reference_of(result: Result) -> Record | None:
-    """The reference run of a result's notebook and model, if there is one."""
-    path = REFERENCE / safe_name(result.parameters["model"]) / f"{safe_name(result.name)}.json"
+def reference_of(name: str, model: str) -> Record | None:
+    """The reference run of result `name` on `model`, if there is one."""
+    path = REFERENCE / safe_name(model) / f"{safe_name(name)}.json"
     return _read(path) if path.is_file() else None
 
 

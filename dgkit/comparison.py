@@ -1,0 +1,261 @@
+"""All guidance methods on one model, at equal cost: what chapter 5 compares beyond the paper's own ablations."""
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from dgkit import stats
+from dgkit.anatomy import dissect
+from dgkit.errors import DgkitError
+from dgkit.experiments import Samples, frechet_change, frechet_to_real
+from dgkit.guidance import METHODS, Method, Reuse, guide
+from dgkit.metrics.classifier import agreement, fashion_classifier
+from dgkit.metrics.spectrum import sharpness
+from dgkit.results import Record
+
+ENOUGH_FOR_FRECHET = 150  # of 64 features; below, the distance is mostly bias
+BRANCH_SCALES = (0.1, 0.3, 1.0)  # w
+CFG_SCALES = (2.0, 3.0, 5.0)  # s
+BASELINE = "CFG"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One method of the comparison: `method` beside the pipeline's CFG at `guidance_scale`, or in its place."""
+
+    method: Method | None
+    guidance_scale: float
+    grid: tuple[float, ...] = ()
+
+    def at(self, scale: float) -> "Entry":
+        """The same method at another scale; for plain CFG it is s."""
+        if self.method is None:
+            return replace(self, guidance_scale=scale)
+        return replace(self, method=replace(self.method, scale=scale))
+
+
+def entries(pipe: Any, guidance_scale: float, block: int, dims: Sequence[int], seed: int) -> dict[str, Entry]:
+    """The methods compared, by name, each with the scales to choose from.
+
+    PAG, SEG, SLG, TPG work on the middle block. Autoguidance's worse model is the model itself with noise of a tenth of
+    each weight matrix's standard deviation, which stands in for an earlier checkpoint. DiT predicts noise, so CFG-Zero*
+    has no zero step there.
+    """
+    s, velocity = guidance_scale, "DiT" not in type(pipe.transformer).__name__
+    beside: dict[str, Method] = {
+        "DG": METHODS["dg"](scale=1.0, block=block, dims=dims),  # type: ignore[call-arg]
+        "PAG": METHODS["pag"](scale=1.0),
+        "SEG": METHODS["seg"](scale=1.0),
+        "SLG": METHODS["slg"](scale=1.0),
+        "token shuffling": METHODS["tpg"](scale=1.0),
+        "block drop": METHODS["block-drop"](scale=1.0),
+        "autoguidance": METHODS["autoguidance"](scale=1.0, bad=noisy_copy(pipe.transformer, seed)),  # type: ignore[call-arg]
+    }
+    instead: dict[str, tuple[Method, tuple[float, ...]]] = {
+        "CFG, middle steps": (METHODS["cfg"](scale=s, start=0.25, stop=0.75), CFG_SCALES),
+        "APG": (METHODS["apg"](scale=s), CFG_SCALES),
+        "CFG++": (METHODS["cfg++"](scale=0.5), (0.3, 0.5, 0.8)),
+        "CFG-Zero*": (METHODS["cfg-zero*"](scale=s, zero_steps=int(velocity)), CFG_SCALES),  # type: ignore[call-arg]
+    }
+    return (
+        {"none": Entry(None, 1.0), BASELINE: Entry(None, s, CFG_SCALES)}
+        | {name: Entry(method, s, grid) for name, (method, grid) in instead.items()}
+        | {f"CFG + {name}": Entry(method, s, BRANCH_SCALES) for name, method in beside.items()}
+    )
+
+
+def noisy_copy(model: nn.Module, seed: int, relative: float = 0.1) -> nn.Module:
+    """A worse version of `model`: every weight matrix with Gaussian noise of `relative` its standard deviation."""
+    worse, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in worse.parameters():
+            if parameter.ndim > 1:
+                noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+                parameter.add_(relative * parameter.std() * noise)
+    return worse
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One method's images at equal cost.
+
+    Attributes:
+        images: (N, H, W, 3).
+        scale: s or w.
+        steps: sampling steps that the budget allows.
+        per_image: block evaluations per image.
+    """
+
+    images: NDArray[np.uint8]
+    scale: float
+    steps: int
+    per_image: float
+
+
+def sample(pipe: Any, run: Samples, entry: Entry, steps: int) -> tuple[NDArray[np.uint8], int]:
+    """Images of `run` with one method in a given number of steps, and the block evaluations."""
+    run = replace(run, steps=steps, guidance_scale=entry.guidance_scale)
+    if entry.method is None:
+        passes = 2 if entry.guidance_scale > 1 else 1
+        return run.images(pipe), passes * steps * len(run.seeds) * len(dissect(pipe).blocks)
+    with guide(pipe, entry.method) as guidance:
+        images = run.images(pipe)
+    return images, guidance.cost.block_evaluations
+
+
+def steps_within(pipe: Any, run: Samples, entry: Entry, budget: float) -> int:
+    """The number of steps whose cost comes nearest to `budget` block evaluations per image, from a run of one image."""
+    _, cost = sample(pipe, run.first(1), entry, run.steps)
+    return max(1, round(budget / (cost / run.steps)))
+
+
+def compare(pipe: Any, run: Samples, methods: Mapping[str, Entry], scales: Mapping[str, float]) -> dict[str, Compared]:
+    """Every method at the cost of CFG in `run.steps` steps, from the same noise; `scales` by name override its own."""
+    budget = 2 * run.steps * len(dissect(pipe).blocks)
+    compared = {}
+    for name, entry in methods.items():
+        scale = scales.get(name, _scale(entry))
+        chosen = entry.at(scale) if entry.grid else entry
+        steps = steps_within(pipe, run, chosen, budget)
+        images, cost = sample(pipe, run, chosen, steps)
+        compared[name] = Compared(images, scale, steps, cost / len(run.seeds))
+    return compared
+
+
+def _scale(entry: Entry) -> float:
+    return entry.guidance_scale if entry.method is None else float(entry.method.scale)  # type: ignore[arg-type]
+
+
+def choose_scales(pipe: Any, run: Samples, methods: Mapping[str, Entry]) -> pd.DataFrame:
+    """Each method at each scale of its grid, at equal cost: columns method, scale, frechet, chosen.
+
+    Chosen is the lowest Frechet distance of the shipped classifier's features to real Fashion-MNIST; `run` should have
+    other seeds than the comparison.
+
+    Raises:
+        DgkitError: too few images for a Frechet distance.
+    """
+    if len(run.seeds) < ENOUGH_FOR_FRECHET:
+        raise DgkitError(
+            f"calibration_samples={len(run.seeds)} is not allowed: give {ENOUGH_FOR_FRECHET} or more, or 0 for the "
+            "scales of the reference run"
+        )
+    judge, rows = fashion_classifier(), []
+    for name, entry in methods.items():
+        for scale in entry.grid:
+            images = compare(pipe, run, {name: entry.at(scale)}, {})[name].images
+            rows.append({"method": name, "scale": scale, "frechet": frechet_to_real(judge.features(images))})
+    table = pd.DataFrame(rows)
+    table["chosen"] = table.groupby("method")["frechet"].transform("min") == table["frechet"]
+    return table
+
+
+def chosen_scales(table: pd.DataFrame) -> dict[str, float]:
+    """The chosen scale of each method in `choose_scales`' table."""
+    return table[table["chosen"]].groupby("method")["scale"].first().to_dict()
+
+
+def scales_of(reference: Record | None) -> dict[str, float]:
+    """The scales that a reference run chose, by method; none without one."""
+    values = reference.values if reference else {}
+    return {key.removesuffix(".scale"): value for key, value in values.items() if key.endswith(".scale")}
+
+
+def comparison_values(compared: Mapping[str, Compared], conditions: Sequence[Any] | None) -> dict[str, Any]:
+    """What `compare` measured, as "METHOD.MEASURE".
+
+    Scale, steps, cost per image, sharpness over CFG's; on Fashion-MNIST agreement with the class, and with enough
+    images the Frechet distance and its change against CFG, paired, with its interval.
+    """
+    values: dict[str, Any] = {}
+    base, judge = compared[BASELINE].images, fashion_classifier() if conditions is not None else None
+    sharp = sharpness(base)
+    enough = judge is not None and len(base) >= ENOUGH_FOR_FRECHET
+    base_features = np.asarray(judge.features(base), float) if judge is not None and enough else None
+    for name, c in compared.items():
+        values |= {f"{name}.scale": c.scale, f"{name}.steps": c.steps, f"{name}.cost": c.per_image}
+        values[f"{name}.sharpness_ratio"] = stats.bootstrap(sharpness(c.images) / sharp.mean())
+        if judge is not None and conditions is not None:
+            right = agreement(judge(c.images), conditions)
+            values[f"{name}.class_agreement"] = stats.wilson(right.sum(), len(right))
+        if judge is not None and base_features is not None:
+            features = np.asarray(judge.features(c.images), float)
+            values[f"{name}.frechet"] = frechet_to_real(features)
+            values[f"{name}.frechet_change"] = frechet_change(features, base_features)
+    return values
+
+
+def comparison_table(values: Mapping[str, Any]) -> pd.DataFrame:
+    """`comparison_values` for people: one row per method."""
+    names = [key.removesuffix(".steps") for key in values if key.endswith(".steps")]
+    rows = []
+    for name in names:
+        row = {"method": name, "scale": f"{values[f'{name}.scale']:g}", "steps": values[f"{name}.steps"]}
+        row |= {"block evaluations": f"{values[f'{name}.cost']:.0f}"}
+        row |= {"sharpness": f"{values[f'{name}.sharpness_ratio']:.2f}"}
+        if f"{name}.class_agreement" in values:
+            row["class agreement"] = f"{values[f'{name}.class_agreement']:.2f}"
+        if f"{name}.frechet" in values:
+            row |= {"Frechet": f"{values[f'{name}.frechet']:.2f}", "change": f"{values[f'{name}.frechet_change']:+.2f}"}
+        rows.append(row)
+    return pd.DataFrame(rows).set_index("method")
+
+
+# ------------------------------------------------------------------------------------------------------ direction reuse
+
+REUSES: dict[str, Reuse | None] = {
+    "every step": None,
+    "every 2nd step": Reuse(2),
+    "every 3rd": Reuse(3),
+    "every 4th": Reuse(4),
+    "cosine 0.9, at most 4": Reuse(4, 0.9),
+    "cosine 0.7, at most 4": Reuse(4, 0.7),
+}
+
+
+def reuse_values(
+    pipe: Any, run: Samples, w: float, block: int, dims: Sequence[int], guidance_scale: float
+) -> dict[str, Any]:
+    """What it saves and costs to take DG's direction for several steps, beside CFG; "SETTING.MEASURE".
+
+    "reuse_cost": block evaluations over those of CFG alone. "reuse_distance": the images' root mean square distance to
+    full DG's, over that of CFG's images to full DG's (0: the same as full DG; 1: as far as no DG), with its interval.
+    """
+    run = replace(run, guidance_scale=guidance_scale)
+    plain = run.images(pipe)
+    alone = 2 * run.steps * len(run.seeds) * len(dissect(pipe).blocks)
+    images: dict[str, NDArray[np.uint8]] = {}
+    values: dict[str, Any] = {}
+    for name, reuse in REUSES.items():
+        with guide(pipe, METHODS["dg"](scale=w, block=block, dims=dims, reuse=reuse)) as guidance:  # type: ignore[call-arg]
+            images[name] = run.images(pipe)
+        values[f"{name}.reuse_cost"] = guidance.cost.block_evaluations / alone
+    full = images["every step"]
+    moved = _distance(plain, full)
+    for name, batch in images.items():
+        values[f"{name}.reuse_distance"] = stats.bootstrap(_distance(batch, full) / moved.mean())
+    return values
+
+
+def _distance(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> NDArray[np.float64]:
+    return np.sqrt(((a.astype(float) - b) ** 2).mean((1, 2, 3)))
+
+
+def reuse_table(values: Mapping[str, Any]) -> pd.DataFrame:
+    """`reuse_values` for people: one row per setting."""
+    rows = [
+        {
+            "direction computed": name,
+            "block evaluations of CFG's": f"{values[f'{name}.reuse_cost']:.2f}",
+            "distance to full DG": f"{values[f'{name}.reuse_distance']:.3f}",
+        }
+        for name in REUSES
+    ]
+    return pd.DataFrame(rows).set_index("direction computed")
