@@ -129,8 +129,8 @@ def _methods(v: Values) -> str:
     better = sorted((name for name in changes if changes[name].high < 0), key=lambda name: changes[name].value)
     named = ", ".join(f"{name} ({changes[name]:+.2f})" for name in better) or "none"
     return (
-        f" At the cost of CFG in {v['CFG.steps']} steps (Frechet distance {v['CFG.frechet']:.2f}) the methods with a "
-        f"lower distance are: {named}; CFG + DG at w = {v['CFG + DG.scale']:g} changes it by {changes['CFG + DG']:+.2f}."
+        f" At the cost of CFG in {v['CFG.steps']} steps (Frechet distance {v['CFG.frechet']:.2f}) the methods with "
+        f"a lower one are: {named}; CFG + DG at w = {v['CFG + DG.scale']:g} changes it by {changes['CFG + DG']:+.2f}."
     )
 
 
