@@ -115,9 +115,7 @@ def ablations(v: Values) -> str:
         f"{v['block.strongest'] + 1} of {v['blocks']}, {middle} block; the paper: intermediate ones), by a ratio of "
         f"{v['block.strongest_ratio']:.2f}, against {v['block.last_ratio']:.2f} at the last block; sharpness "
         f"{_trend(v['w.rank_correlation'])} with w and {_trend(v['lambda.rank_correlation'])} with lambda."
-        f"{_methods(v)} Computing DG's direction in every 2nd step takes its cost from "
-        f"{v['every step.reuse_cost']:.2f} to {v['every 2nd step.reuse_cost']:.2f} times CFG's and moves the images by "
-        f"{v['every 2nd step.reuse_distance']:.2f} of what DG itself moves them."
+        f"{_methods(v)}{_reuse(v)}"
     )
 
 
@@ -137,6 +135,16 @@ def _methods(v: Values) -> str:
 def _trend(rank_correlation: float) -> str:
     verb = "rises" if rank_correlation > 0.5 else "falls" if rank_correlation < -0.5 else "has no clear trend"
     return f"{verb} (rank correlation {rank_correlation:+.2f})"
+
+
+def _reuse(v: Values) -> str:
+    if "every step.reuse_cost" not in v:
+        return ""
+    return (
+        f" Computing DG's direction in every 2nd step takes CFG + DG from {v['every step.reuse_cost']:.2f} to "
+        f"{v['every 2nd step.reuse_cost']:.2f} times the cost of CFG and moves the images by "
+        f"{v['every 2nd step.reuse_distance'].value:.2f} of what DG itself moves them."
+    )
 
 
 def imagenet(v: Values) -> str:

@@ -349,3 +349,23 @@ def test_efficientnet_distances_are_told_where_measured() -> None:
     told = findings.imagenet(TABLE_6 | measured)
     assert "of 2100 images it goes from 12.3 to 13.4 (unconditional) and from 8.91 to 9.87 (conditional)" in told
     assert "EfficientNet" not in findings.imagenet(TABLE_6)
+
+
+def test_methods_with_a_lower_distance_are_named_best_first_and_dg_always():
+    values = {"CFG.steps": 20, "CFG.frechet": 4.0, "CFG + DG.scale": 0.3, "CFG.frechet_change": Interval(0, 0, 0)}
+    values |= {f"{n}.frechet_change": Interval(m, m - 0.1, m + 0.1) for n, m in (("APG", -0.5), ("CFG + PAG", -0.9))}
+    values |= {"CFG + DG.frechet_change": Interval(0.05, -0.1, 0.2)}
+    sentence = findings._methods(values)
+    assert "in 20 steps (Frechet distance 4.00)" in sentence
+    assert "a lower one are: CFG + PAG (-0.90 [-1.00, -0.80]), APG (-0.50 [-0.60, -0.40]); CFG + DG at" in sentence
+    assert "w = 0.3 changes it by +0.05 [-0.10, +0.20]" in sentence
+    values = {key: value for key, value in values.items() if not key.startswith(("APG", "CFG + PAG"))}
+    assert "a lower one are: none; CFG + DG" in findings._methods(values)
+    assert findings._methods({"CFG.steps": 20}) == ""
+
+
+def test_what_reuse_saves_is_said_where_it_was_measured():
+    values = {"every step.reuse_cost": 1.31, "every 2nd step.reuse_cost": 1.16}
+    values |= {"every 2nd step.reuse_distance": Interval(0.06, 0.04, 0.07)}
+    assert "from 1.31 to 1.16 times the cost of CFG and moves the images by 0.06 of" in findings._reuse(values)
+    assert findings._reuse({}) == ""
