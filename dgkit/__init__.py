@@ -6,12 +6,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dgkit.gates import gate_agreement, residual_gates
     from dgkit.guidance import calibrate, detail_guidance, guide
+    from dgkit.guidance.modular import DetailGuidance
     from dgkit.hooks import disrupt, record
     from dgkit.massive import detect_massive
     from dgkit.zoo import load
 
 # imported on first use: torch and diffusers take seconds, and `dgkit --help` needs neither
 _HOMES = {
+    "DetailGuidance": "guidance.modular",
     "calibrate": "guidance",
     "detail_guidance": "guidance",
     "detect_massive": "massive",
@@ -24,6 +26,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "DetailGuidance",
     "calibrate",
     "detail_guidance",
     "detect_massive",

@@ -315,11 +315,13 @@ def make_edit(anatomy: Anatomy, dims: Sequence[int], kind: str = "zero", seed: i
     """The checked edit of `dims`; for kind "random" the drawn channels exclude `dims`.
 
     Raises:
-        DgkitError: a dim does not exist, `kind` is unknown, or too few other channels are left to draw from.
+        DgkitError: a dim does not exist, `kind` is unknown, `seed` is no integer, or too few other channels are left.
     """
     checked = anatomy.dims(dims)
     if kind not in EDIT_KINDS:
         raise DgkitError(f"kind={kind!r} is not allowed: use one of {', '.join(EDIT_KINDS)}")
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise DgkitError(f"seed={seed!r} is not allowed: give an integer")
     if kind == "random":
         others = [c for c in range(anatomy.channels) if c not in checked]
         if len(others) < len(checked):

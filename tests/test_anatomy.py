@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import AllegroTransformer3DModel, HunyuanDiT2DModel, ModelMixin
+from diffusers import AllegroTransformer3DModel, HunyuanDiT2DModel, ModelMixin, QwenImageTransformer2DModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import Tensor, nn
 
 import dgkit
-from dgkit.anatomy import TRANSFORMERS, Call, dissect
+from dgkit.anatomy import TRANSFORMERS, Block, Call, dissect
 from dgkit.errors import DgkitError, ModelError
 from dgkit.hooks import make_edit
 from tests.tiny_models import ALL_CLASSES, STREAMS, TEXT, build, image_slice, inputs, streams
@@ -97,16 +97,16 @@ def test_the_image_tokens_are_those_that_the_prediction_is_made_of(name: str, mo
 def test_text_stands_where_the_stack_says_in_joint_attention(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As above, but inside: noise on the attention's outputs at the text tokens does not reach the prediction."""
     model, call = build(name, depth=2), inputs(name, 1, tokens=SIDE)
-    joint: list[int] = []
 
-    def run(block: Any, noisy: str) -> Tensor:
-        inside = [False]
+    def run(block: Block, noisy: str) -> tuple[Tensor, int]:
+        """The prediction, and how many attentions of the block were joint."""
+        inside, joint = [False], [0]
 
         def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             output = without_mixing(query, key, value).clone()
             others = query.shape[2] - SIDE**2
             if inside[0] and key.shape[2] == query.shape[2] and others > 0:
-                joint.append(block.index)
+                joint[0] += 1
                 border = others if block.stack.text_first else SIDE**2
                 output[:, :, :border] += noisy == ("text" if block.stack.text_first else "image")
                 output[:, :, border:] += noisy == ("image" if block.stack.text_first else "text")
@@ -117,14 +117,14 @@ def test_text_stands_where_the_stack_says_in_joint_attention(name: str, monkeypa
         with after(block.module, lambda m, a, o: inside.__setitem__(0, False)):
             prediction = predict(model, call)
         enter.remove()
-        return prediction
+        return prediction, joint[0]
 
     for block in dissect(model).blocks:
-        plain, joint[:] = run(block, "nothing"), []
-        if block.stack.text_first is not None:
-            torch.testing.assert_close(run(block, "text"), plain, rtol=1e-5, atol=1e-5)
-            assert ((run(block, "image") - plain).abs() > 1e-4).any()
-            assert joint, "the blocks' attention is joint"
+        plain, joint = run(block, "nothing")
+        assert joint == (block.stack.text_first is not None)
+        if joint:
+            torch.testing.assert_close(run(block, "text")[0], plain, rtol=1e-5, atol=1e-5)
+            assert ((run(block, "image")[0] - plain).abs() > 1e-4).any()
 
 
 @each_class
@@ -186,45 +186,32 @@ def test_replay_is_exact(name: str) -> None:
                 del module.forward
 
 
-# -------------------------------------------------------------------------------------------------------------- record
-
-
-@each_class
-@torch.no_grad()
-def test_record_equals_a_plain_hook(name: str) -> None:
-    model, call = build(name, depth=2), inputs(name, 3, tokens=SIDE)
-    kept: list[Tensor] = []
-    with ExitStack() as stack:
-        for block, index, where in streams(name, model):
-            stack.enter_context(
-                after(block, lambda m, a, o, index=index, where=where: kept.append(taken(o, index, where).double()))
-            )
-        predict(model, call)
-    with dgkit.record(model) as trace:
-        predict(model, call)
-    assert trace.num_images() == 3
-    for number, image in enumerate(kept):
-        torch.testing.assert_close(trace.mean_abs()[number], image.abs().mean((0, 1)), rtol=1e-6, atol=1e-7)
+# --------------------------------------------------------------------------------------------------------------- gates
 
 
 # branch -> submodule whose output alpha scales, by list of blocks; None: added as it is, without a gate
 DOUBLE = {"msa": "attn", "mlp": "ff"}
+FLUX = {"transformer_blocks": DOUBLE, "single_transformer_blocks": {"msa+mlp": "proj_out"}}
 CROSS = {"msa": "attn1", None: "attn2", "mlp": "ff"}
 BRANCHES: dict[str, dict[str, dict[str | None, str]]] = {
     "sd3": {"transformer_blocks": {**DOUBLE, "msa2": "attn2"}},
-    "flux": {"transformer_blocks": DOUBLE, "single_transformer_blocks": {"msa+mlp": "proj_out"}},
+    "flux": FLUX,
     "dit": {"transformer_blocks": {"msa": "attn1", "mlp": "ff"}},
+    "bria": FLUX,
+    "longcat_image": FLUX,
+    "ovis_image": FLUX,
     "pixart": {"transformer_blocks": CROSS},
     "sana": {"transformer_blocks": CROSS},
     "auraflow": {"joint_transformer_blocks": {"mlp": "ff"}, "single_transformer_blocks": {"mlp": "ff"}},
     "lumina2": dict.fromkeys(("noise_refiner", "layers"), {"msa": "norm2", "mlp": "ffn_norm2"}),
     "z_image": dict.fromkeys(("noise_refiner", "layers"), {"msa": "attention_norm2", "mlp": "ffn_norm2"}),
     "qwen_image": {"transformer_blocks": {"msa": "attn", "mlp": "img_mlp"}},
-    "hunyuan_image": {"transformer_blocks": DOUBLE, "single_transformer_blocks": {"msa+mlp": "proj_out"}},
+    "hunyuan_image": FLUX,
     "hidream": dict.fromkeys(
         ("double_stream_blocks", "single_stream_blocks"), {"msa": "block.attn1", "mlp": "block.ff_i"}
     ),
-    "chroma": {"transformer_blocks": DOUBLE, "single_transformer_blocks": {"msa+mlp": "proj_out"}},
+    "chroma": FLUX,
+    "cogview3_plus": {"transformer_blocks": {"msa": "attn1", "mlp": "ff"}},
     "cogview4": {"transformer_blocks": {"msa": "attn1", "mlp": "ff"}},
     "cogvideox": {"transformer_blocks": {"msa": "attn1", "mlp": "ff"}},
     "wan": {"blocks": {"msa": "attn1", None: "attn2", "mlp": "ffn"}},
@@ -235,6 +222,10 @@ BRANCHES: dict[str, dict[str, dict[str | None, str]]] = {
 # submodules whose output holds text too, in a block whose own output keeps the two apart
 TEXT_IN_BRANCH = {
     ("flux", "proj_out"): "last",
+    ("bria", "proj_out"): "last",
+    ("longcat_image", "proj_out"): "last",
+    ("ovis_image", "proj_out"): "last",
+    ("cogview3_plus", "ff"): "last",
     ("hunyuan_image", "proj_out"): "first",
     ("cogvideox", "ff"): "last",
 }
@@ -323,7 +314,7 @@ def test_a_timestep_per_token(name: str) -> None:
     torch.testing.assert_close(dgkit.residual_gates(trace).mean, 0.75 * apart[0] + 0.25 * apart[1])
 
 
-@pytest.mark.parametrize("name", ["lumina2", "z_image", "flux"])
+@pytest.mark.parametrize("name", ["lumina2", "z_image", "mochi", "flux"])
 @torch.no_grad()
 def test_timesteps_run_from_noise_to_image(name: str) -> None:
     model, call = build(name, depth=2), inputs(name, 1, tokens=SIDE)
@@ -416,20 +407,48 @@ def test_image_tokens_are_unknown_before_a_call_is_followed() -> None:
 # ----------------------------------------------------------------------------------------------------- rows of a batch
 
 
+def check_selected(model: nn.Module, call: dict[str, Any], batch: int) -> None:
+    """Some rows of a call, its first argument given by position, are predicted as they were among all."""
+    first, rows = next(iter(call)), torch.tensor([0, batch - 1])
+    others = {name: value for name, value in call.items() if name != first}
+    args, kwargs = dissect(model).select_rows((call[first],), others, rows, batch)
+    assert len(args) == 1 and kwargs.keys() == others.keys()
+    prediction = predict(model, {first: args[0]} | kwargs)
+    torch.testing.assert_close(prediction, predict(model, call)[rows], rtol=1e-4, atol=1e-5)
+
+
 @each_class
 @pytest.mark.parametrize("batch", [SIDE**2, TEXT])  # as long as the positions of the image and of the text
 @torch.no_grad()
 def test_selected_rows_are_predicted_as_before(name: str, batch: int) -> None:
-    model, call = build(name, depth=2), inputs(name, batch, tokens=SIDE)
-    rows = torch.tensor([0, 2, 3])
-    first = next(iter(call))
-    args, kwargs = dissect(model).select_rows(
-        (call[first],), {k: v for k, v in call.items() if k != first}, rows, batch
-    )
-    assert len(args) == 1 and first not in kwargs
-    torch.testing.assert_close(
-        predict(model, {first: args[0]} | kwargs), predict(model, call)[rows], rtol=1e-4, atol=1e-5
-    )
+    check_selected(build(name, depth=2), inputs(name, batch, tokens=SIDE), batch)
+
+
+@torch.no_grad()
+def test_selected_rows_of_calls_with_arguments_that_pipelines_add() -> None:
+    rotary = {"image_rotary_emb": (torch.rand(SIDE**2, 8), torch.rand(SIDE**2, 8))}
+    check_selected(build("cogvideox"), inputs("cogvideox", SIDE**2, tokens=SIDE) | rotary, SIDE**2)
+    scale = {"rope_interpolation_scale": torch.tensor([0.1, 30.0, 20.0])}
+    check_selected(build("ltx"), inputs("ltx", 3, tokens=SIDE) | scale, 3)
+
+
+@torch.no_grad()
+def test_qwen_image_with_a_reference_image() -> None:
+    """For editing the reference's tokens are modulated as at timestep 0; alpha is that of the tokens generated."""
+    plain = build("qwen_image")
+    model = QwenImageTransformer2DModel.from_config(plain.config, zero_cond_t=True)
+    model.load_state_dict(plain.state_dict())
+    call = inputs("qwen_image", 3, tokens=SIDE)
+    both = call | {
+        "hidden_states": torch.cat([call["hidden_states"]] * 2, 1),
+        "img_shapes": [[(1, SIDE, SIDE), (1, SIDE, SIDE)]] * 3,
+    }
+    check_selected(model, both, 3)
+    with dgkit.record(model) as trace:
+        predict(model, both)
+    with dgkit.record(plain) as expected:
+        predict(plain, call)
+    torch.testing.assert_close(dgkit.residual_gates(trace).mean, dgkit.residual_gates(expected).mean)
 
 
 @each_class
@@ -453,6 +472,49 @@ def test_grown_rows_are_computed_as_before(name: str, batch: int) -> None:
         image = block.image(block.module(*again[0], **again[1]))
         expected = block.image(output)
         torch.testing.assert_close(image, torch.cat([expected, expected[rows]]), rtol=1e-4, atol=1e-5)
+
+
+@each_class
+@torch.no_grad()
+def test_the_batch_can_grow_where_the_stack_says(name: str) -> None:
+    """Rows that join after a block, edited, come out of the last block as they do from a disrupted pass."""
+    model, call = build(name, depth=2), inputs(name, 2, tokens=SIDE)
+    anatomy = dissect(model)
+    edit, rows, last = make_edit(anatomy, [1, 4]), torch.tensor([0, 1]), anatomy.blocks[-1]
+    seen: list[Tensor] = []
+
+    def each(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+        if isinstance(output, tuple):
+            return tuple(part if part is None else change(part) for part in output)
+        return change(output)
+
+    def edited_joins(block: Block, output: Any) -> Any:
+        edited = block.with_image(output, edit(block.image(output)))
+        parts = iter(edited if isinstance(edited, tuple) else (edited,))
+        return each(output, lambda t: torch.cat([t, next(part for part in parts if part is not None)]))
+
+    def leave(module: nn.Module, args: Any, output: Any) -> Any:
+        seen.append(last.image(output))
+        return each(output, lambda t: t[:2])
+
+    for block in anatomy.blocks[:-1]:
+        with anatomy.follow(), dgkit.disrupt(model, block=block.index, dims=edit.dims), after(last.module, leave):
+            predict(model, call)
+        with anatomy.follow(), ExitStack() as stack:
+            stack.enter_context(after(block.module, lambda m, a, o, b=block: edited_joins(b, o)))
+            for later in anatomy.blocks[block.index + 1 :]:
+                grow = later.module.register_forward_pre_hook(
+                    lambda m, a, kw, b=later: anatomy.grow(b, a, kw, rows, 2), with_kwargs=True
+                )
+                stack.callback(grow.remove)
+            stack.enter_context(after(last.module, leave))
+            if block.stack.fork:
+                predict(model, call)
+                torch.testing.assert_close(seen[-1][2:], seen[-2], rtol=1e-4, atol=1e-5)
+            else:
+                with pytest.raises((AssertionError, RuntimeError)):
+                    predict(model, call)
+                    torch.testing.assert_close(seen[-1][2:], seen[-2], rtol=1e-4, atol=1e-5)
 
 
 def test_select_rows_copies_dicts_and_leaves_what_has_no_batch() -> None:
@@ -615,8 +677,10 @@ LATENTS = {"hidden_states": torch.ones(1, 4, 4, 4), "timestep": torch.tensor([1.
 
 @torch.no_grad()
 def test_a_plain_sketch_is_derived() -> None:
-    with dgkit.record(Sketch()) as trace:
-        trace.anatomy.model(**LATENTS)
+    model = Sketch()
+    model.blocks[0] = torch.compile(model.blocks[0], backend="eager")
+    with dgkit.record(model) as trace:
+        model(**LATENTS)
     assert trace.mean_abs().shape == (3, 16) and trace.mean_abs().isfinite().all()
 
 
@@ -662,6 +726,12 @@ def test_classes_that_cannot_be_derived(name: str, words: str, monkeypatch: pyte
 def test_other_classes_that_cannot_be_derived() -> None:
     with pytest.raises(ModelError, match="not exactly one ModuleList of blocks of one class"):
         dissect(Mixed())
+    made: dict[str, Any] = {}
+    exec(
+        "class Loose(Sketch):\n    def forward(self, hidden_states, timestep): return (hidden_states,)", globals(), made
+    )
+    with pytest.raises(ModelError, match="the source of its forward is not at hand"):
+        dissect(made["Loose"]())
     hunyuan = HunyuanDiT2DModel(
         num_attention_heads=1, attention_head_dim=16, in_channels=4, patch_size=2, sample_size=4, hidden_size=16,
         num_layers=4, cross_attention_dim=16, cross_attention_dim_t5=16, pooled_projection_dim=16,

@@ -7,8 +7,10 @@ import torch
 from diffusers import (
     AuraFlowTransformer2DModel,
     AutoencoderKL,
+    BriaTransformer2DModel,
     ChromaTransformer2DModel,
     CogVideoXTransformer3DModel,
+    CogView3PlusTransformer2DModel,
     CogView4Transformer2DModel,
     DDIMScheduler,
     DiTPipeline,
@@ -19,9 +21,11 @@ from diffusers import (
     FluxTransformer2DModel,
     HiDreamImageTransformer2DModel,
     HunyuanImageTransformer2DModel,
+    LongCatImageTransformer2DModel,
     LTXVideoTransformer3DModel,
     Lumina2Transformer2DModel,
     MochiTransformer3DModel,
+    OvisImageTransformer2DModel,
     PixArtTransformer2DModel,
     QwenImageTransformer2DModel,
     SanaTransformer2DModel,
@@ -59,6 +63,27 @@ def _flux(heads: int, head_dim: int, depth: int) -> nn.Module:
         patch_size=1, in_channels=16, num_layers=depth - 1, num_single_layers=depth, **_wide(heads, head_dim),
         joint_attention_dim=TEXT_WIDTH, pooled_projection_dim=POOLED_WIDTH, guidance_embeds=False,
         axes_dims_rope=_rope(head_dim),
+    )  # fmt: skip
+
+
+def _bria(heads: int, head_dim: int, depth: int) -> nn.Module:
+    return BriaTransformer2DModel(
+        in_channels=16, num_layers=depth - 1, num_single_layers=depth, **_wide(heads, head_dim),
+        joint_attention_dim=TEXT_WIDTH, axes_dims_rope=list(_rope(head_dim)),
+    )  # fmt: skip
+
+
+def _longcat_image(heads: int, head_dim: int, depth: int) -> nn.Module:
+    return LongCatImageTransformer2DModel(
+        in_channels=16, num_layers=depth - 1, num_single_layers=depth, **_wide(heads, head_dim),
+        joint_attention_dim=TEXT_WIDTH, axes_dims_rope=list(_rope(head_dim)),
+    )  # fmt: skip
+
+
+def _ovis_image(heads: int, head_dim: int, depth: int) -> nn.Module:
+    return OvisImageTransformer2DModel(
+        in_channels=16, out_channels=16, num_layers=depth - 1, num_single_layers=depth, **_wide(heads, head_dim),
+        joint_attention_dim=TEXT_WIDTH, axes_dims_rope=_rope(head_dim),
     )  # fmt: skip
 
 
@@ -138,6 +163,13 @@ def _chroma(heads: int, head_dim: int, depth: int) -> nn.Module:
     )  # fmt: skip
 
 
+def _cogview3_plus(heads: int, head_dim: int, depth: int) -> nn.Module:
+    return CogView3PlusTransformer2DModel(
+        patch_size=PATCH, in_channels=CHANNELS, out_channels=CHANNELS, num_layers=depth, **_wide(heads, head_dim),
+        text_embed_dim=TEXT_WIDTH, time_embed_dim=16, condition_dim=8, pos_embed_max_size=8,
+    )  # fmt: skip
+
+
 def _cogview4(heads: int, head_dim: int, depth: int) -> nn.Module:
     return CogView4Transformer2DModel(
         patch_size=PATCH, in_channels=CHANNELS, out_channels=CHANNELS, num_layers=depth, **_wide(heads, head_dim),
@@ -185,6 +217,9 @@ _BUILD: dict[str, Callable[[int, int, int], nn.Module]] = {
     "sd3": _sd3,
     "flux": _flux,
     "dit": _dit,
+    "bria": _bria,
+    "longcat_image": _longcat_image,
+    "ovis_image": _ovis_image,
     "pixart": _pixart,
     "sana": _sana,
     "auraflow": _auraflow,
@@ -194,6 +229,7 @@ _BUILD: dict[str, Callable[[int, int, int], nn.Module]] = {
     "hunyuan_image": _hunyuan_image,
     "hidream": _hidream,
     "chroma": _chroma,
+    "cogview3_plus": _cogview3_plus,
     "cogview4": _cogview4,
     "cogvideox": _cogvideox,
     "wan": _wan,
@@ -209,6 +245,9 @@ STREAMS: dict[str, dict[str, tuple[int | None, str]]] = {
     "sd3": {"transformer_blocks": (1, "all")},
     "flux": {"transformer_blocks": (1, "all"), "single_transformer_blocks": (1, "all")},
     "dit": {"transformer_blocks": (None, "all")},
+    "bria": {"transformer_blocks": (1, "all"), "single_transformer_blocks": (1, "all")},
+    "longcat_image": {"transformer_blocks": (1, "all"), "single_transformer_blocks": (1, "all")},
+    "ovis_image": {"transformer_blocks": (1, "all"), "single_transformer_blocks": (1, "all")},
     "pixart": {"transformer_blocks": (None, "all")},
     "sana": {"transformer_blocks": (None, "all")},
     "auraflow": {"joint_transformer_blocks": (1, "all"), "single_transformer_blocks": (None, "last")},
@@ -218,6 +257,7 @@ STREAMS: dict[str, dict[str, tuple[int | None, str]]] = {
     "hunyuan_image": {"transformer_blocks": (0, "all"), "single_transformer_blocks": (0, "all")},
     "hidream": {"double_stream_blocks": (0, "all"), "single_stream_blocks": (None, "first")},
     "chroma": {"transformer_blocks": (1, "all"), "single_transformer_blocks": (None, "last")},
+    "cogview3_plus": {"transformer_blocks": (0, "all")},
     "cogview4": {"transformer_blocks": (0, "all")},
     "cogvideox": {"transformer_blocks": (0, "all")},
     "wan": {"blocks": (None, "all")},
@@ -272,7 +312,7 @@ def inputs(name: str, batch: int, seed: int = 0, *, tokens: int = 4) -> dict[str
             "class_labels": classes,
         }
     text, pooled = randn(batch, TEXT, TEXT_WIDTH), randn(batch, POOLED_WIDTH)
-    if name in ("flux", "chroma", "flux2", "qwen_image", "ltx"):
+    if name in ("flux", "bria", "longcat_image", "ovis_image", "chroma", "flux2", "qwen_image", "ltx"):
         latents = randn(batch, tokens**2, 16)
     elif name == "cogvideox":
         latents = randn(batch, 1, CHANNELS, side, side)
@@ -286,14 +326,14 @@ def inputs(name: str, batch: int, seed: int = 0, *, tokens: int = 4) -> dict[str
     mask[0, -1] = False
     positions = [[0, row, column] for row in range(tokens) for column in range(tokens)]
     share = torch.full((batch,), 0.5)
+    ids = {"img_ids": torch.tensor(positions, dtype=torch.float32), "txt_ids": torch.zeros(TEXT, 3)}
+    sizes = dict.fromkeys(("original_size", "target_size", "crop_coords"), torch.full((batch, 2), 64.0))
     extra: dict[str, dict[str, Any]] = {
         "sd3": {"pooled_projections": pooled},
-        "flux": {
-            "pooled_projections": pooled,
-            "timestep": share,
-            "img_ids": torch.tensor(positions, dtype=torch.float32),
-            "txt_ids": torch.zeros(TEXT, 3),
-        },
+        "flux": {"pooled_projections": pooled, "timestep": share} | ids,
+        "bria": ids,
+        "longcat_image": {"timestep": share} | ids,
+        "ovis_image": {"timestep": share} | ids,
         "pixart": {"encoder_attention_mask": mask},
         "sana": {"encoder_attention_mask": mask},
         "auraflow": {"timestep": share},
@@ -306,11 +346,11 @@ def inputs(name: str, batch: int, seed: int = 0, *, tokens: int = 4) -> dict[str
         "hunyuan_image": {"encoder_attention_mask": mask},
         "chroma": {
             "timestep": share,
-            "img_ids": torch.tensor(positions, dtype=torch.float32),
-            "txt_ids": torch.zeros(TEXT, 3),
             "attention_mask": torch.cat([mask, torch.ones(batch, tokens**2, dtype=torch.bool)], 1),
-        },
-        "cogview4": dict.fromkeys(("original_size", "target_size", "crop_coords"), torch.full((batch, 2), 64.0)),
+        }
+        | ids,
+        "cogview3_plus": sizes,
+        "cogview4": sizes,
         "ltx": {"encoder_attention_mask": mask, "num_frames": 1, "height": tokens, "width": tokens},
         "flux2": {
             "timestep": share,

@@ -92,8 +92,10 @@ class Stack:
         gates: the residual gates of the image tokens.
         text: None when that tensor (B, T, C) holds the image tokens alone; "before" or "after" when other tokens (text,
             padding) stand before or after them.
-        text_first: whether text precedes the image in the sequence that the blocks' joint attention hands to
-            `scaled_dot_product_attention`; None where attention is not joint.
+        text_first: whether those other tokens, or the text of a tensor of its own, precede the image in the sequence
+            that the blocks hand to `scaled_dot_product_attention`; None where the image is alone there.
+        fork: whether the batch may grow at these blocks (see `Anatomy.grow`); False where the transformer, after them,
+            mixes their outputs with tensors of the batch that it was called with.
         derived: found by `derive`, not written by hand: the token count is checked in every pass.
     """
 
@@ -102,6 +104,7 @@ class Stack:
     gates: tuple[Gate, ...]
     text: str | None = None
     text_first: bool | None = None
+    fork: bool = True
     derived: bool = False
 
 
@@ -139,7 +142,7 @@ class Transformer:
 
 
 def _noise_channels(model: Any) -> int | None:
-    """DiT and PixArt predict noise in the first `in_channels` channels and sigma in the rest; guidance is for noise."""
+    """DiT and PixArt (Sana, if asked to) predict noise in the first `in_channels` channels and sigma in the rest."""
     return model.config.in_channels if model.config.out_channels == 2 * model.config.in_channels else None
 
 
@@ -187,17 +190,22 @@ MSA2 = at("msa2", "norm1", 6)
 NORM = (at("msa+mlp", "norm", 1),)
 TANH_NORM1 = (at("msa", "norm1", 1, tanh=True), at("mlp", "norm1", 3, tanh=True))
 
+FLUX = Transformer(
+    (
+        Stack("transformer_blocks", 1, NORM1, text_first=True),
+        Stack("single_transformer_blocks", 1, NORM, text_first=True),
+    )
+)
+
 # Blocks of text alone (the context refiners of Lumina 2, Z-Image and HunyuanImage) are no part of the image stream.
 TRANSFORMERS: dict[str, Transformer] = {
     "SD3Transformer2DModel": Transformer(
         (Stack("transformer_blocks", 1, (NORM1[0], MSA2, NORM1[1]), text_first=False),)
     ),
-    "FluxTransformer2DModel": Transformer(
-        (
-            Stack("transformer_blocks", 1, NORM1, text_first=True),
-            Stack("single_transformer_blocks", 1, NORM, text_first=True),
-        )
-    ),
+    "FluxTransformer2DModel": FLUX,
+    "BriaTransformer2DModel": FLUX,
+    "LongCatImageTransformer2DModel": FLUX,
+    "OvisImageTransformer2DModel": FLUX,
     "DiTTransformer2DModel": Transformer(
         (Stack("transformer_blocks", None, NORM1),), predicted_channels=_noise_channels
     ),
@@ -206,7 +214,8 @@ TRANSFORMERS: dict[str, Transformer] = {
         predicted_channels=_noise_channels,
     ),
     "SanaTransformer2DModel": Transformer(
-        (Stack("transformer_blocks", None, (table("msa", 2, "timestep"), table("mlp", 5, "timestep"))),)
+        (Stack("transformer_blocks", None, (table("msa", 2, "timestep"), table("mlp", 5, "timestep"))),),
+        predicted_channels=_noise_channels,
     ),
     # z + gate_mlp ff(norm2(z + gate_msa attention)): what gate_msa scales is the input of ff only, so that it is no
     # residual gate
@@ -219,7 +228,7 @@ TRANSFORMERS: dict[str, Transformer] = {
     ),
     "Lumina2Transformer2DModel": Transformer(
         (
-            Stack("noise_refiner", None, TANH_NORM1),
+            Stack("noise_refiner", None, TANH_NORM1, fork=False),
             Stack("layers", None, TANH_NORM1, text="before", text_first=True),
         ),
         tokens=_patches,
@@ -236,10 +245,11 @@ TRANSFORMERS: dict[str, Transformer] = {
                 tuple(
                     chunk(branch, "adaLN_modulation", index, 4, tanh=True) for branch, index in (("msa", 1), ("mlp", 3))
                 ),
-                text="after",  # padding tokens in the refiner, padding and text tokens in the layers
-                text_first=text_first,
+                text="after",  # padding in the refiner, padding and text in the layers
+                text_first=False,
+                fork=path == "layers",
             )
-            for path, text_first in (("noise_refiner", None), ("layers", False))
+            for path in ("noise_refiner", "layers")
         ),
         tokens=_z_image_tokens,
         text_lengths=_z_image_text_lengths,
@@ -276,6 +286,7 @@ TRANSFORMERS: dict[str, Transformer] = {
                 ),
                 text="after",  # padding where the image is not square, and in single blocks text
                 text_first=False,
+                fork=False,  # each block is handed its own text
             )
             for path, image, parts in (("double_stream_blocks", 0, 12), ("single_stream_blocks", None, 6))
         ),
@@ -292,10 +303,10 @@ TRANSFORMERS: dict[str, Transformer] = {
         ),
         tokens=_sequence,
     ),
+    "CogView3PlusTransformer2DModel": Transformer((Stack("transformer_blocks", 0, NORM1, text_first=True),)),
     "CogView4Transformer2DModel": Transformer((Stack("transformer_blocks", 0, NORM1, text_first=True),)),
     "CogVideoXTransformer3DModel": Transformer(
-        (Stack("transformer_blocks", 0, (at("msa", "norm1", 2), at("mlp", "norm2", 2)), text_first=True),),
-        unbatched=(*UNBATCHED, "ofs"),
+        (Stack("transformer_blocks", 0, (at("msa", "norm1", 2), at("mlp", "norm2", 2)), text_first=True),)
     ),
     "WanTransformer3DModel": Transformer((Stack("blocks", None, (table("msa", 2, "temb"), table("mlp", 5, "temb"))),)),
     "LTXVideoTransformer3DModel": Transformer(
@@ -341,17 +352,22 @@ def derive(model: Any) -> Transformer:
     Raises:
         ModelError: something of this is missing.
     """
-    name, config = type(model).__name__, model.config
-    lists = [(path, tuple(child)) for path, child in model.named_children() if isinstance(child, nn.ModuleList)]
-    if len(lists) != 1 or len({type(block) for block in lists[0][1]}) != 1:
+    name, config = type(model).__name__, getattr(model, "config", None)
+    lists = {path: child for path, child in model.named_children() if isinstance(child, nn.ModuleList)}
+    kinds = {type(_original(block)) for blocks in lists.values() for block in blocks}
+    if len(lists) != 1 or len(kinds) != 1:
         raise _underivable(name, "it has not exactly one ModuleList of blocks of one class")
-    path, blocks = lists[0]
-    forward = inspect.signature(type(blocks[0]).forward)
+    path = next(iter(lists))
+    forward = inspect.signature(kinds.pop().forward)
     if list(forward.parameters)[1:2] != ["hidden_states"] or any("skip" in name for name in forward.parameters):
         raise _underivable(name, "its blocks do not take `hidden_states` first, or they take a skip connection")
     if forward.return_annotation not in (Tensor, "torch.Tensor", "Tensor"):
         raise _underivable(name, "its blocks are not annotated to return one tensor")
-    if not _runs_in_plain_loop(type(model).forward, path):
+    try:
+        source = inspect.getsource(type(model).forward)
+    except OSError as error:
+        raise _underivable(name, "the source of its forward is not at hand") from error
+    if not _runs_in_plain_loop(source, path):
         raise _underivable(name, f"its forward does more in the loop over `{path}` than to run the blocks in turn")
     if not all(hasattr(config, key) for key in ("num_attention_heads", "attention_head_dim", "patch_size")):
         raise _underivable(name, "its config does not say its width and patch size")
@@ -375,9 +391,9 @@ def _derived_tokens(model: Any, arguments: dict[str, Any]) -> int:
     return prod(size // side for size, side in zip(sizes, patch[-len(sizes) :], strict=True))
 
 
-def _runs_in_plain_loop(forward: Callable[..., Any], path: str) -> bool:
-    """Whether `forward` uses `self.<path>` in one loop only (or the two halves of an `if`), and that loop is plain."""
-    nodes = list(ast.walk(ast.parse(dedent(inspect.getsource(forward)))))
+def _runs_in_plain_loop(source: str, path: str) -> bool:
+    """Whether a forward uses `self.<path>` in one loop only (or the two halves of an `if`), and that loop is plain."""
+    nodes = list(ast.walk(ast.parse(dedent(source))))
     blocks = f"self.{path}"
     iterables = (blocks, f"enumerate({blocks})")
     loops = [node for node in nodes if isinstance(node, ast.For) and ast.unparse(node.iter) in iterables]
@@ -606,8 +622,12 @@ def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
 
 def _positional(module: nn.Module) -> tuple[str, ...]:
     """The names of `forward`'s parameters: of the class, because an instance's own `forward` may be a stand-in."""
-    original: nn.Module = getattr(module, "_orig_mod", module)  # of a block inside `torch.compile`
-    return _parameters(type(original).forward)
+    return _parameters(type(_original(module)).forward)
+
+
+def _original(module: nn.Module) -> nn.Module:
+    """The module inside `torch.compile(module)`, or `module`."""
+    return getattr(module, "_orig_mod", module)
 
 
 def named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -109,6 +109,7 @@ class Engine:
     def __init__(self, anatomy: Anatomy, sharing: str = "replay") -> None:
         if sharing not in SHARING:
             raise DgkitError(f"sharing={sharing!r} is not allowed: use one of {', '.join(SHARING)}")
+        _refuse_caches(anatomy.model)
         self.anatomy = anatomy
         self.sharing = sharing
         self.chosen: dict[tuple[int, ...], str] = {}  # by shape of the latents
@@ -131,7 +132,7 @@ class Engine:
                 for remove in self._taps.values():
                     remove()
                 self._taps.clear()
-                self._forget()
+                self.forget()
 
     def begin(
         self,
@@ -148,8 +149,15 @@ class Engine:
 
         Raises:
             DgkitError: a perturbation that "fork" cannot run, or that skips the first block of a stack.
+            ModelError: a transformer with a cache, or with gradients by checkpointing.
         """
-        self._forget()
+        self.forget()
+        _refuse_caches(self.anatomy.model)
+        if torch.is_grad_enabled() and getattr(self.anatomy.model, "gradient_checkpointing", False):
+            raise ModelError(
+                "gradient checkpointing runs blocks again in the backward pass, where they are not guided: use "
+                "`torch.no_grad()`, or call `transformer.disable_gradient_checkpointing()`"
+            )
         call = _Call(perturbations, labels, timesteps, rows, self.sharing)
         for p in perturbations:
             self._check(p)
@@ -166,7 +174,7 @@ class Engine:
         try:
             outputs = self._branch_outputs(call, args, kwargs)
         finally:
-            self._forget()
+            self.forget()
         self.cost.add(total * call.batch, total * call.batch + reused * total * rows)
         for p in call.perturbations:
             blocks = total if p.model is None else len(dissect(p.model).blocks)
@@ -198,6 +206,7 @@ class Engine:
                     stack.enter_context(replaced(block.module, _returning(outputs[block.stack.path])))
                 for index in sorted(p.skips):
                     stack.enter_context(replaced(self.anatomy.blocks[index].module, lambda *a, **k: self._before_skip))
+                stack.enter_context(_offloaded_groups_loaded(self.anatomy.blocks, {*range(first_live), *p.skips}))
                 for index, attention in p.attention.items():
                     stack.enter_context(_attention_replaced(self.anatomy.blocks[index], attention))
                 return self.anatomy.model.forward(*args, **kwargs)
@@ -232,7 +241,8 @@ class Engine:
         last_of_stack = {b.stack.path: b.index for b in self.anatomy.blocks[:first_live] if b.stack is not own}
         return [*last_of_stack.values(), first_live - 1]
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Drop the call under way, of which an exception may have left something."""
         self._call = None
         self._before_skip = None
         self._announce(None)
@@ -245,8 +255,16 @@ class Engine:
         for index in p.skips:
             if index == 0 or blocks[index].stack is not blocks[index - 1].stack:
                 raise DgkitError(f"block {index} cannot be skipped: it is the first of its stack")
-        if self.sharing == "fork" and not _forkable(p):
-            raise DgkitError('sharing="fork" is only for branches that edit block outputs: use "replay" or "none"')
+        if self.sharing == "fork" and not self._forkable(p):
+            raise DgkitError(
+                'sharing="fork" is only for branches that edit block outputs, and where the batch may grow between '
+                'blocks: use "replay" or "none"'
+            )
+
+    def _forkable(self, p: Perturbation) -> bool:
+        if not p.edits or p.skips or p.attention or p.model:
+            return False
+        return all(block.stack.fork for block in self.anatomy.blocks[p.shared - 1 :])
 
     # ---- taps: attached when first needed, taken off together; each looks up what the call under way wants of it
 
@@ -345,7 +363,7 @@ class Engine:
 
     def _measured(self, call: _Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """The faster of "replay" and "fork", timed once per shape of the latents: best of three guided calls each."""
-        if not all(_forkable(p) for p in call.perturbations):
+        if not all(self._forkable(p) for p in call.perturbations):
             return "replay"
         latents = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor))
         shape = (*latents.shape, len(call.rows), *(p.shared for p in call.perturbations))
@@ -362,23 +380,19 @@ class Engine:
         self._announce(None)
         self._place_taps(trial)
         try:
-            _synchronize(self.anatomy.model)
+            _synchronize()
             start = time.perf_counter()
             copied = self.anatomy.select_rows(args, kwargs, everything, call.batch)
             self.anatomy.model.forward(*copied[0], **copied[1])
             self._branch_outputs(trial, args, kwargs)
-            _synchronize(self.anatomy.model)
+            _synchronize()
             return time.perf_counter() - start
         finally:
             self._quiet = False
-            self._forget()
+            self.forget()
 
 
 _UNSEEN = Pass((), [], edited_block=1 << 30)  # a pass that no record takes in
-
-
-def _forkable(p: Perturbation) -> bool:
-    return bool(p.edits) and not (p.skips or p.attention or p.model)
 
 
 def _returning(output: Any) -> Callable[..., Any]:
@@ -392,10 +406,43 @@ def _each_tensor(output: Any, function: Callable[[Tensor], Tensor]) -> Any:
     return function(output) if isinstance(output, Tensor) else output
 
 
-def _synchronize(model: nn.Module) -> None:
-    device = next(model.parameters()).device
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+def _synchronize() -> None:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+
+
+# ----------------------------------------------------------------------------------- what diffusers does to the blocks
+
+
+def _diffusers_hooks(module: nn.Module) -> dict[str, Any]:
+    registry: Any = getattr(module, "_diffusers_hook", None)
+    return registry.hooks if registry else {}
+
+
+def _refuse_caches(model: nn.Module) -> None:
+    """diffusers' caches (`enable_cache`) keep what blocks put out from call to call, and would mix up the branches."""
+    if any(hook._is_stateful for module in model.modules() for hook in _diffusers_hooks(module).values()):
+        raise ModelError(
+            "the transformer has one of diffusers' caches, which take the passes of guidance for sampling steps: call "
+            "`transformer.disable_cache()`, and use `Reuse` to skip passes"
+        )
+
+
+@contextmanager
+def _offloaded_groups_loaded(blocks: Sequence[Block], standing_in: set[int]) -> Iterator[None]:
+    """Load the groups of group offloading that would not be: the first block of a group loads all, but may stand in."""
+    members: dict[Any, set[int]] = {}
+    for block in blocks:
+        if hook := _diffusers_hooks(block.module).get("group_offloading"):
+            members.setdefault(hook.group, set()).add(block.index)
+    split = [group for group, indices in members.items() if indices & standing_in and indices - standing_in]
+    try:
+        for group in split:
+            group.onload_()
+        yield
+    finally:
+        for group in split:
+            group.offload_()
 
 
 # ---------------------------------------------------------------------------------------------------- inside attention
@@ -436,7 +483,9 @@ def _attention_replaced(block: Block, attention: Attention) -> Iterator[None]:
     original = module.forward
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        tokens = named(module, args, kwargs)["hidden_states"].shape[1]
+        # where the image shares its tensor with text, its size is read from the transformer's call
+        in_text = block.layout.tokens if block.stack.text else None
+        tokens = in_text or named(module, args, kwargs)["hidden_states"].shape[1]
         mode = _AttentionMode(attention, tokens, bool(block.stack.text_first))
         with mode:
             output = original(*args, **kwargs)

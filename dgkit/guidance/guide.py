@@ -1,5 +1,6 @@
 """Guidance of the pipelines people use, by hooks on their transformer; no copied `__call__`."""
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -8,6 +9,7 @@ from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from dgkit.anatomy import COND, UNCOND, Call, RowLabels, dissect, pipeline_row
@@ -15,7 +17,7 @@ from dgkit.errors import DgkitError, ModelError
 from dgkit.guidance.branches import Cost, Engine
 from dgkit.guidance.methods import DG, Branching, Combining, Method, Now, Reuse, Scale
 
-_guided: WeakSet[nn.Module] = WeakSet()
+guided_transformers: WeakSet[nn.Module] = WeakSet()
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,7 @@ def guide(pipe: Any, *methods: Method, sharing: str = "replay") -> Iterator[Guid
     w (c - c_branch) to c, or beside the pipeline's own CFG to u + s (c - u). A method that combines c and u (APG,
     CFG++, ...) takes CFG's place: the pipeline has to be called with CFG on (`guidance_scale` or, in Flux,
     `true_cfg_scale` above 1), but the scale is the method's own. In DiT the noise is guided, the learned sigma is not.
+    Other pipelines that share the transformer are left alone.
 
     Args:
         pipe: a `StableDiffusion3Pipeline`, `FluxPipeline` or `DiTPipeline`, or one of their image-to-image and
@@ -58,13 +61,18 @@ def guide(pipe: Any, *methods: Method, sharing: str = "replay") -> Iterator[Guid
         ModelError: a pipeline dgkit cannot guide, a transformer compiled as a whole or already guided.
     """
     row = pipeline_row(pipe)
+    if any(family in type(pipe).__name__ for family in ("Kontext", "Flux2")):
+        raise ModelError(
+            f"{type(pipe).__name__} is not supported: its transformer sees the tokens of reference images as well, "
+            f"which guidance would take for the image"
+        )
     anatomy = dissect(pipe)
     if not methods or not all(isinstance(method, Method) for method in methods):
         raise DgkitError(f"methods={list(methods)!r} is not allowed: give one or more of dgkit.guidance.METHODS")
     if sum(isinstance(method, Combining) for method in methods) > 1:
         names = ", ".join(method.name for method in methods if isinstance(method, Combining))
         raise DgkitError(f"{names} all take the place of CFG: give one of them")
-    if anatomy.model in _guided:
+    if anatomy.model in guided_transformers:
         raise ModelError("this pipeline's transformer is already guided: leave the outer `with` first")
     engine = Engine(anatomy, sharing)
     bound = [method.bound(pipe, anatomy) for method in methods]
@@ -74,11 +82,13 @@ def guide(pipe: Any, *methods: Method, sharing: str = "replay") -> Iterator[Guid
     with engine.attached():
         before = anatomy.model.register_forward_pre_hook(steps.before, with_kwargs=True)
         after = anatomy.model.register_forward_hook(steps.after, with_kwargs=True)
-        _guided.add(anatomy.model)
+        guided_transformers.add(anatomy.model)
         try:
             yield Guidance(bound, engine.cost, engine.chosen)
+            if steps.unanswered:
+                raise steps.cfg_is_off()
         finally:
-            _guided.discard(anatomy.model)
+            guided_transformers.discard(anatomy.model)
             before.remove()
             after.remove()
 
@@ -165,6 +175,8 @@ class _Steps:
         self.batched_cfg = pipeline_row(pipe).batched_cfg
         self.row_labels = RowLabels(pipe)
         self.memories: dict[int, _Memory] = {}  # by id of the method
+        self.schedule: Tensor | None = None  # each run of a pipeline makes one
+        self.ours = True  # whether the call under way is one of `pipe`
         self.now: Now
         self.labels: tuple[str, ...] = ()
         self.active: list[Branching] = []
@@ -175,29 +187,36 @@ class _Steps:
     def rows(self, label: str) -> list[int]:
         return [row for row, other in enumerate(self.labels) if other == label]
 
+    # not to be traced where the transformer is compiled inside the `with`
+    @torch.compiler.disable
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.engine.forget()
+        self.ours = _calling_pipeline() in (self.pipe, None)
+        if not self.ours:
+            return
+        if self.pipe.transformer is not self.anatomy.model or self.anatomy.model._compiled_call_impl is not None:
+            raise ModelError("the transformer was compiled or exchanged inside guidance: leave the `with` before that")
         if kwargs.get("skip_layers") is not None:
             raise ModelError("skip_guidance_layers cannot be combined with dgkit's guidance: leave it out, or use slg")
+        if self.schedule is not self.pipe.scheduler.timesteps:
+            self.schedule = self.pipe.scheduler.timesteps
+            self.row_labels, self.memories = RowLabels(self.pipe), {}
         call = Call.of(self.anatomy, args, kwargs)
-        previous = getattr(self, "now", None)
         self.now = Now(self.pipe, self.anatomy, call)
         self.labels = self.row_labels(call)
+        with_cfg = UNCOND in self.labels
+        if with_cfg:
+            self.unanswered = False
         cond, self.active = self.rows(COND), []
         if cond:
-            # time runs down within a run of the pipeline
-            if (
-                previous is None
-                or call.timesteps()[0] >= previous.call.timesteps()[0]
-                or call.batch != previous.call.batch
-            ):
-                self.memories = {}
-            with_cfg = UNCOND in self.labels
             self.active = [m for m in self.branching if m.active(self.now) and m.weight(self.now, with_cfg) != 0]
         self.computed = [method for method in self.active if self._due(method)]
         perturbations = [method.perturbation(self.now) for method in self.computed]
         self.engine.begin(perturbations, cond, self.labels, call.timesteps(), args, kwargs)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        if not self.ours:
+            return None
         branches = self.engine.finish(args, kwargs, reused=len(self.active) - len(self.computed))
         prediction = _prediction(output)
         channels = self.anatomy.predicted_channels or prediction.shape[1]
@@ -254,18 +273,32 @@ class _Steps:
 
     def _combined(self, method: Combining, c: Tensor, u: Tensor) -> Tensor:
         if len(u):
-            self.unanswered = False
             return method.combine(c, u, self.now, self._memory(method).own) if method.active(self.now) else c
         if self.batched_cfg or self.unanswered:
-            cfg = "guidance_scale" if self.batched_cfg else "true_cfg_scale"
-            raise DgkitError(
-                f"{method.name} takes the place of CFG, which is off: call the pipeline with {cfg} above 1"
-            )
+            raise self.cfg_is_off()
         self.unanswered = True
         return c
 
+    def cfg_is_off(self) -> DgkitError:
+        """The error where a method takes the place of CFG and no unconditional call comes."""
+        assert self.combining is not None
+        cfg = "guidance_scale" if self.batched_cfg else "true_cfg_scale"
+        return DgkitError(
+            f"{self.combining.name} takes the place of CFG, which is off: call the pipeline with {cfg} above 1"
+        )
+
     def _memory(self, method: Method) -> _Memory:
         return self.memories.setdefault(id(method), _Memory())
+
+
+def _calling_pipeline() -> DiffusionPipeline | None:
+    """The innermost pipeline whose `__call__` is under way; None when the transformer is called by hand."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "__call__" and isinstance(frame.f_locals.get("self"), DiffusionPipeline):
+            return frame.f_locals["self"]
+        frame = frame.f_back
+    return None
 
 
 def _repeated(values: Tensor, count: int) -> Tensor:

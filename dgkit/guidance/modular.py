@@ -1,0 +1,299 @@
+"""Detail Guidance as a guider of diffusers' modular pipelines; no other module of dgkit imports diffusers' guiders."""
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+from dgkit.anatomy import COND, UNCOND, Call, dissect
+from dgkit.errors import DgkitError, ModelError
+from dgkit.guidance.branches import Cost, Engine
+from dgkit.guidance.guide import guided_transformers
+from dgkit.guidance.methods import DG, Now
+
+_MOVED = (
+    f"diffusers {diffusers.__version__} has other guiders than those of 0.42, which dgkit.DetailGuidance builds on "
+    "(diffusers calls them experimental): use diffusers 0.42, or dgkit.detail_guidance with an ordinary pipeline"
+)
+
+try:
+    from diffusers.guiders.guider_utils import BaseGuidance, GuiderOutput
+except ImportError as error:
+    raise ModelError(f"{_MOVED} ({error})") from error
+
+# what the class below calls or is called by, and the state it reads
+_METHODS = {
+    "__init__": {"start", "stop", "enabled"},
+    "set_state": {"step", "num_inference_steps", "timestep"},
+    "get_state": set(),
+    "prepare_models": {"denoiser"},
+    "cleanup_models": {"denoiser"},
+    "_prepare_batch": {"data", "tuple_index", "identifier"},
+    "_prepare_batch_from_block_state": {"data", "input_fields", "tuple_index", "identifier"},
+    "__call__": {"data"},
+}
+_STATE = ("_enabled", "_step", "_num_inference_steps", "_count_prepared")
+
+_COND, _UNCOND, _DEGRADED = "pred_cond", "pred_uncond", "pred_cond_degraded"
+
+
+class DetailGuidance(BaseGuidance):
+    """Detail Guidance (arXiv 2510.11538) beside classifier-free guidance, for modular pipelines.
+
+    With c and u the conditional and unconditional predictions and c_m the conditional one with `dims` of block `block`
+    edited, each step uses u + s (c - u) + w (c - c_m), where s = lambda + 1 in terms of Eq. 5; with s = 1 there is no u
+    and this is c + w (c - c_m), Eq. 4. c_m shares the blocks up to `block` with c, in the same call.
+
+        pipe.update_components(guider=dgkit.DetailGuidance(guidance_scale=4.0))
+
+    What is left out comes from the preset of the model, once the guider meets it; `dg` then holds what is used. `cost`
+    counts the block evaluations of all runs so far.
+
+    Args:
+        guidance_scale: s; 1 is no CFG, anything else needs a negative prompt ("" will do).
+        scale: w; the model's preset (Table 5: w beside CFG unless s = 1) by default.
+        block: zero-based block, the paper's m - 1; the model's preset (Table 4) by default.
+        dims: channels to edit; the model's preset (Table 4) by default.
+        kind, seed: how to edit them, see `dgkit.disrupt`; the paper zeroes them.
+        start, stop: the part of the steps with Detail Guidance, from int(start * steps) to before int(stop * steps).
+            CFG goes on in all steps, as in `dgkit.detail_guidance` (other guiders of diffusers stop CFG, too).
+        sharing: how c and c_m share work, see `dgkit.guidance.Engine`.
+        enabled: whether to guide at all; if not, each step uses c.
+
+    Raises:
+        DgkitError: an argument out of range, at once or, where it depends on the model, in the first step; or there one
+            that is left out and that no preset states; or CFG without a negative prompt.
+        ModelError: a denoiser that dgkit cannot guide, or a diffusers with other guiders.
+    """
+
+    _input_predictions = [_COND, _UNCOND, _DEGRADED]
+
+    @register_to_config
+    def __init__(
+        self,
+        guidance_scale: float = 1.0,
+        scale: float | None = None,
+        block: int | None = None,
+        dims: Sequence[int] | None = None,
+        kind: str = "zero",
+        seed: int = 0,
+        start: float = 0.0,
+        stop: float = 1.0,
+        sharing: str = "replay",
+        enabled: bool = True,
+    ) -> None:
+        _require_known_guiders()
+        # all of these end up in a JSON file
+        _require(_is_scale(guidance_scale), "guidance_scale", guidance_scale, "a finite number, 0 or above")
+        _require(scale is None or _is_scale(scale), "scale", scale, "a finite number, 0 or above")
+        by_hand = " (a guider sees no pipeline to look for them with: use dgkit.calibrate)"
+        _require(block is None or _is_integer(block), "block", block, "an integer" + by_hand)
+        listed = isinstance(dims, list | tuple) and all(_is_integer(dim) for dim in dims)
+        _require(dims is None or listed, "dims", dims, "a list of channels" + by_hand)
+        _require(_is_integer(seed), "seed", seed, "an integer")
+        _require(isinstance(enabled, bool), "enabled", enabled, "True or False")
+        self._given = DG(scale=scale, block=block, dims=dims, kind=kind, seed=seed, start=start, stop=stop)
+        super().__init__(start, stop, enabled)
+        _require_known_guiders(self)
+        self.guidance_scale = guidance_scale
+        self.sharing = sharing
+        self.dg: DG | None = None
+        self.cost = Cost()
+        self.chosen: dict[tuple[int, ...], str] = {}
+        self._engine: Engine | None = None  # of the step under way
+        self._degraded: Any = None  # the transformer's output with c_m, from the call for c to the loop's own
+        self._delivered = False
+
+    # ---- which predictions a step needs
+
+    def active_predictions(self) -> list[str]:
+        """The predictions of this step, in the order in which the loop makes them."""
+        with_cfg = self._enabled and not math.isclose(self.guidance_scale, 1.0)
+        with_dg = self._enabled and self._given.scale != 0 and self._in_window()
+        return [_COND, *[_UNCOND] * with_cfg, *[_DEGRADED] * with_dg]
+
+    def _in_window(self) -> bool:
+        start, stop, count = self._given.start, self._given.stop, self._num_inference_steps
+        # schedulers of second order count more steps than the pipeline does
+        if count is None or (start, stop) == (0.0, 1.0):
+            return True
+        return int(start * count) <= self._step < int(stop * count)
+
+    @property
+    def num_conditions(self) -> int:
+        """How many predictions this step needs."""
+        return len(self.active_predictions())
+
+    @property
+    def is_conditional(self) -> bool:
+        """Whether the prediction under way has the prompt."""
+        return self.active_predictions()[max(self._count_prepared - 1, 0)] != _UNCOND
+
+    def prepare_inputs(self, data: dict[str, Any]) -> list[Any]:
+        """One batch of the loop's inputs for each prediction; see diffusers."""
+        predictions = self.active_predictions()
+        # else CFG would run on two equal predictions and do nothing
+        if _UNCOND in predictions and not any(isinstance(value, tuple) for value in data.values()):
+            raise DgkitError(
+                f'guidance_scale={self.guidance_scale!r} needs a negative prompt: pass negative_prompt="" or more, or '
+                f"use guidance_scale=1.0"
+            )
+        return [self._prepare_batch(data, int(name == _UNCOND), name) for name in predictions]
+
+    def prepare_inputs_from_block_state(self, data: Any, input_fields: dict[str, Any]) -> list[Any]:
+        """The same, where the loop names its inputs."""
+        return [
+            self._prepare_batch_from_block_state(input_fields, data, int(name == _UNCOND), name)
+            for name in self.active_predictions()
+        ]
+
+    # ---- the calls of the denoiser
+
+    def prepare_models(self, denoiser: nn.Module) -> None:
+        """Let the next call of the denoiser be that of the next prediction.
+
+        In the call for c the branch runs right away, so that only its output has to be kept until the loop asks for it.
+        """
+        super().prepare_models(denoiser)
+        if not self._enabled:
+            return
+        predictions = self.active_predictions()
+        if self._count_prepared > len(predictions):
+            raise ModelError(f"the pipeline's loop makes more predictions than the guider's {predictions}: {_MOVED}")
+        prediction = predictions[self._count_prepared - 1]
+        if prediction == _COND:
+            self._bind(denoiser)
+        if prediction == _DEGRADED:
+            _replace_next_call(denoiser, self._deliver)
+        else:
+            degrade = prediction == _COND and _DEGRADED in predictions
+            _replace_next_call(denoiser, self._followed(COND if prediction == _COND else UNCOND, degrade))
+
+    def cleanup_models(self, denoiser: nn.Module) -> None:
+        """Take off what `prepare_models` put on, had the denoiser not been called in between."""
+        super().cleanup_models(denoiser)
+        _restore_call(denoiser)
+
+    def _bind(self, denoiser: nn.Module) -> None:
+        """Read the denoiser anew in each step, because blocks may have been exchanged, and keep no hold of it after."""
+        if denoiser in guided_transformers:
+            raise ModelError("the denoiser is already guided by dgkit.guide or dgkit.detail_guidance: leave that first")
+        anatomy = dissect(denoiser)
+        self.dg = self._given.bound(None, anatomy)
+        self._engine = Engine(anatomy, self.sharing)
+        self._engine.cost, self._engine.chosen = self.cost, self.chosen
+        self._degraded, self._delivered = None, False
+
+    def _followed(self, label: str, degrade: bool) -> Callable[..., Any]:
+        """The denoiser's call for c or u, of which the cost is counted, and with `degrade` the branch for c_m."""
+        engine, dg = self._engine, self.dg
+        assert engine is not None and dg is not None, "the call for c comes first"
+
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            call = Call.of(engine.anatomy, args, kwargs)
+            branches = [dg.perturbation(Now(None, engine.anatomy, call))] if degrade else []
+            rows = list(range(call.batch))
+            engine.begin(branches, rows, (label,) * call.batch, call.timesteps(), args, kwargs)
+
+        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            for branch in engine.finish(args, kwargs):
+                self._degraded = branch
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            model = engine.anatomy.model
+            with engine.attached(), ExitStack() as hooks:
+                hooks.callback(model.register_forward_pre_hook(before, with_kwargs=True).remove)
+                hooks.callback(model.register_forward_hook(after, with_kwargs=True).remove)
+                return model(*args, **kwargs)
+
+        return call
+
+    def _deliver(self, *args: Any, **kwargs: Any) -> Any:
+        """In place of the call for c_m, whose arguments are those for c: what that call's branch gave."""
+        output, self._degraded, self._delivered = self._degraded, None, True
+        return output
+
+    # ---- the guided prediction
+
+    def __call__(self, data: list[Any]) -> Any:
+        """The guided prediction from the batches with their predictions."""
+        if _DEGRADED in self.active_predictions() and not self._delivered:
+            raise ModelError(
+                "the pipeline's loop did not call the denoiser between prepare_models and cleanup_models, so that c_m "
+                f"is not degraded: {_MOVED}"
+            )
+        self._engine = None
+        return super().__call__(data)
+
+    def forward(
+        self, pred_cond: Tensor, pred_uncond: Tensor | None = None, pred_cond_degraded: Tensor | None = None
+    ) -> Any:
+        """Eq. 5, or without `pred_uncond` Eq. 4; in float32, in the predictions' dtype again."""
+        c = _upcast(pred_cond)
+        pred = c
+        if pred_uncond is not None:
+            u = _upcast(pred_uncond)
+            pred = u + self.guidance_scale * (c - u)
+        if pred_cond_degraded is not None:
+            assert self.dg is not None, "the call for c comes first"
+            w = self.dg.scale if pred_uncond is None else self.dg.scale_with_cfg
+            assert isinstance(w, int | float)
+            pred = pred + w * (c - _upcast(pred_cond_degraded))
+        return GuiderOutput(pred=pred.to(pred_cond.dtype), pred_cond=pred_cond, pred_uncond=pred_uncond)
+
+    def get_state(self) -> dict[str, Any]:
+        """For `repr`: diffusers' state, what is in use, and the cost so far."""
+        return super().get_state() | {"dg": self.dg, "cost": self.cost}
+
+
+def _replace_next_call(denoiser: nn.Module, function: Callable[..., Any]) -> None:
+    """Let `function` be the denoiser's next call, and nothing remain of that once it has begun.
+
+    The whole call, not `forward`: hooks inside `function` then end with it, whatever interrupts it, and `forward` is
+    left to offloading.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        _restore_call(denoiser)
+        return function(*args, **kwargs)
+
+    denoiser._call_impl = call  # type: ignore[method-assign]  # torch's `__call__` looks it up on the instance
+
+
+def _restore_call(denoiser: nn.Module) -> None:
+    vars(denoiser).pop("_call_impl", None)
+
+
+def _upcast(prediction: Tensor) -> Tensor:
+    """At least float32: differences of predictions are small."""
+    return prediction.to(torch.promote_types(prediction.dtype, torch.float32))
+
+
+def _require_known_guiders(guider: Any = None) -> None:
+    """Raise a ModelError if diffusers' guiders are not what they were."""
+    for name, needed in _METHODS.items():
+        method = getattr(BaseGuidance, name, None)
+        if method is None or not needed <= set(inspect.signature(method).parameters):
+            raise ModelError(f"{_MOVED} (BaseGuidance.{name} is gone or takes other arguments)")
+    for name in _STATE if guider is not None else ():
+        if not hasattr(guider, name):
+            raise ModelError(f"{_MOVED} (BaseGuidance has no {name})")
+
+
+def _require(allowed: bool, argument: str, value: Any, what: str) -> None:
+    if not allowed:
+        raise DgkitError(f"{argument}={value!r} is not allowed: give {what}")
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_scale(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0
