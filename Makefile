@@ -1,5 +1,6 @@
 # make book   the book: _build/html/index.html
 # make test   every check
+# make bench  time and memory on the CPU, in one table
 # A Python other than python3:  make book PYTHON=python3.11
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ ENVIRONMENT := .venv/installed
 export OMP_WAIT_POLICY := PASSIVE
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: book test clean
+.PHONY: book test bench clean
 
 book: $(ENVIRONMENT)
 	$(BIN)/dgkit book execute
@@ -25,6 +26,9 @@ test: $(ENVIRONMENT)
 	rm -rf _build/results # what is compared below has to come from this run
 	$(BIN)/pytest notebooks --nbval-lax --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg
 	$(BIN)/dgkit results check
+
+bench: $(ENVIRONMENT)
+	$(BIN)/python -m benchmarks
 
 $(ENVIRONMENT): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dgkit.anatomy import COND, Anatomy, Block, Call, Gate, RowLabels, dissect
+from dgkit.anatomy.transformers import consecutive
 from dgkit.errors import DgkitError
 from dgkit.taps import tap
 
@@ -30,12 +31,12 @@ class Pass:
     edited_block: int = -1
 
     @cached_property
-    def groups(self) -> dict[tuple[str, float], Tensor]:
-        """The rows of each (label, timestep)."""
+    def groups(self) -> dict[tuple[str, float], tuple[int, slice | list[int]]]:
+        """The rows of each (label, timestep): how many, and as an index."""
         rows: dict[tuple[str, float], list[int]] = {}
         for row, key in enumerate(zip(self.labels, self.timesteps, strict=True)):
             rows.setdefault(key, []).append(row)
-        return {key: torch.tensor(indices) for key, indices in rows.items()}
+        return {key: (len(indices), consecutive(indices)) for key, indices in rows.items()}
 
 
 # The guidance engine announces its degraded pass here, because it calls `transformer.forward`, past the module's hooks.
@@ -196,27 +197,34 @@ class Trace:
         """Take in the image tokens (B, T, C) of block `index`."""
         magnitude = image.abs()
         mean = magnitude.mean(1, dtype=torch.float32)  # (B, C)
-        threshold = self.ratio * mean.quantile(0.5, dim=1)  # (B,)
-        share = (magnitude > threshold[:, None, None]).mean(1, dtype=torch.float32)
         largest = magnitude.amax(1)
-        for key, rows in current.groups.items():
+        threshold = self.ratio * _median(mean)  # (B,)
+        # in place the comparison keeps the floating dtype, whose mean is several times faster than that of bool
+        share = magnitude.gt_(threshold[:, None, None]).mean(1, dtype=torch.float32)
+        for key, (count, rows) in current.groups.items():
             cell = self._cell(key, image.device)
-            cell.images[index] += len(rows)
+            cell.images[index] += count
             cell.sum_mean_abs[index] += mean[rows].sum(0)
             cell.sum_token_share[index] += share[rows].sum(0)
             cell.max_abs[index] = torch.maximum(cell.max_abs[index], largest[rows].amax(0))
             if self.track:
                 cell.tracked[index].append(mean[rows][:, self.track].cpu())
             if index in self.keep:
-                cell.tensors[index].append(image[rows].cpu())
+                cell.tensors[index].append(image[rows].to("cpu", copy=True))
 
     def add_gate(self, row: int, gate: Tensor, current: Pass) -> None:
         """Take in the residual gate (B, C) of gate row `row`."""
-        for key, rows in current.groups.items():
+        for key, (count, rows) in current.groups.items():
             cell = self._cell(key, gate.device)
-            cell.gate_images[row] += len(rows)
+            cell.gate_images[row] += count
             cell.sum_gate[row] += gate[rows].sum(0)
             cell.sum_abs_gate[row] += gate[rows].abs().sum(0)
+
+
+def _median(values: Tensor) -> Tensor:
+    """The median of each row of (B, C), halfway between the middle two where C is even; faster than `quantile`."""
+    ordered, count = values.sort(1).values, values.shape[1]
+    return (ordered[:, (count - 1) // 2] + ordered[:, count // 2]) / 2
 
 
 @contextmanager

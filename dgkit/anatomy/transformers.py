@@ -585,14 +585,14 @@ class Anatomy:
                     f"sequence; use prompts (and negative prompts) of equal length"
                 )
 
-        every = rows.tolist() == list(range(batch))
+        picked = consecutive(rows.tolist())
 
         def cut(value: Tensor) -> Tensor:
-            return value[rows] if value.ndim and len(value) == batch and not every else value
+            return value[picked] if value.ndim and len(value) == batch else value
 
         def change(name: str, value: Any) -> Any:
             if name in self.row.second_axis and isinstance(value, Tensor):
-                return value[:, rows]
+                return value[:, picked]
             if name in self.row.listed and isinstance(value, list) and len(value) == batch:
                 return [value[row] for row in rows.tolist()]
             return _map_tensors(self.row, name, value, cut)
@@ -607,12 +607,20 @@ class Anatomy:
         Whatever has more than `batch` rows already stays as it is, and so does what has no batch axis.
         """
 
+        joining = consecutive(rows.tolist())
+
         def grown(value: Tensor) -> Tensor:
-            return torch.cat([value, value[rows]]) if value.ndim and len(value) == batch else value
+            return torch.cat([value, value[joining]]) if value.ndim and len(value) == batch else value
 
         return _map_arguments(
             block.module, args, kwargs, lambda name, value: _map_tensors(self.row, name, value, grown)
         )
+
+
+def consecutive(rows: list[int]) -> slice | list[int]:
+    """`rows` as an index; where they are consecutive a slice, which neither copies nor waits for a GPU."""
+    start, stop = min(rows), max(rows) + 1
+    return slice(start, stop) if rows == list(range(start, stop)) else rows
 
 
 @cache

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from dgkit.anatomy import DEGRADED, Anatomy, Block, dissect
-from dgkit.anatomy.transformers import named
+from dgkit.anatomy.transformers import consecutive, named
 from dgkit.errors import DgkitError, ModelError
 from dgkit.hooks import Pass, degraded_pass
 from dgkit.taps import replaced, tap, tap_before
@@ -89,6 +89,10 @@ class _Call:
     @property
     def batch(self) -> int:
         return len(self.labels)
+
+    @cached_property
+    def index(self) -> slice | list[int]:
+        return consecutive(self.rows)
 
 
 class Engine:
@@ -226,9 +230,7 @@ class Engine:
                 own = slice(start, start + len(call.rows))
                 output = _each_tensor(call.last, itemgetter(own))
             else:
-                # a whole batch stays as it is; after a fork the original rows come first
-                whole = call.rows == list(range(call.batch)) and call.sharing != "fork"
-                output = call.kept[index] if whole else _each_tensor(call.kept[index], itemgetter(call.rows))
+                output = _each_tensor(call.kept[index], itemgetter(call.index))  # after a fork the own rows come first
                 edit = call.perturbations[number].edits.get(index)
                 if edit and call.sharing == "replay":
                     output = block.with_image(output, edit(block.image(output)))
@@ -342,7 +344,7 @@ class Engine:
             for number, p in enumerate(call.perturbations):
                 if p.shared - 1 == block.index:
                     call.forked.append(number)
-                    output = _each_tensor(output, lambda t: torch.cat([t, t[call.rows]]))
+                    output = _each_tensor(output, lambda t: torch.cat([t, t[call.index]]))
                 if number in call.forked and block.index in p.edits:
                     start = call.batch + call.forked.index(number) * count
                     image = block.image(output).clone()
