@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dgkit.anatomy import COND, Anatomy, Block, Call, Gate, RowLabels, dissect
 from dgkit.anatomy.transformers import consecutive
 from dgkit.errors import DgkitError
-from dgkit.taps import tap
+from dgkit.taps import compiled, tap
 
 # ---------------------------------------------------------------------------------------------------- which pass is it
 
@@ -284,7 +284,8 @@ def record(target: Any, *, ratio: float = 5.0, track: Sequence[int] = (), keep: 
         for block in anatomy.blocks:
             handles.callback(tap(block.module, watch_block(block)))
             for gate, module in block.gates:
-                handles.callback(module.register_forward_hook(watch_gate(row, gate), with_kwargs=True).remove)
+                if not compiled(block.module):  # its graph would take the hook in, and be compiled anew for each batch
+                    handles.callback(module.register_forward_hook(watch_gate(row, gate), with_kwargs=True).remove)
                 row += 1
         yield trace
 

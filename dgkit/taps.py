@@ -33,11 +33,16 @@ class _Compiled:
         return output
 
 
+def compiled(module: nn.Module) -> bool:
+    """Whether calls of `module` run a compiled graph, which hides what is inside."""
+    return hasattr(module, "_orig_mod") or module._compiled_call_impl is not None
+
+
 def tap_before(module: nn.Module, function: BeforeCall) -> Callable[[], None]:
     """Let `function(module, args, kwargs)` replace the arguments of every call; returns what takes it off again."""
     if module._compiled_call_impl is None:
         return module.register_forward_pre_hook(function, with_kwargs=True).remove
-    return _attached(module, lambda compiled: compiled.before, function, first=False)
+    return _attached(module, lambda wrapped: wrapped.before, function, first=False)
 
 
 def tap(module: nn.Module, function: AfterCall, *, first: bool = False) -> Callable[[], None]:
@@ -47,7 +52,7 @@ def tap(module: nn.Module, function: AfterCall, *, first: bool = False) -> Calla
     """
     if module._compiled_call_impl is None:
         return module.register_forward_hook(function, prepend=first).remove
-    return _attached(module, lambda compiled: compiled.after, function, first)
+    return _attached(module, lambda wrapped: wrapped.after, function, first)
 
 
 def _attached(
@@ -55,13 +60,13 @@ def _attached(
 ) -> Callable[[], None]:
     if not isinstance(module._compiled_call_impl, _Compiled):
         module._compiled_call_impl = _Compiled(module)
-    compiled: _Compiled = module._compiled_call_impl
-    functions(compiled).insert(0 if first else len(functions(compiled)), function)
+    wrapped: _Compiled = module._compiled_call_impl
+    functions(wrapped).insert(0 if first else len(functions(wrapped)), function)
 
     def remove() -> None:
-        functions(compiled).remove(function)
-        if not compiled.before and not compiled.after:
-            module._compiled_call_impl = compiled.call
+        functions(wrapped).remove(function)
+        if not wrapped.before and not wrapped.after:
+            module._compiled_call_impl = wrapped.call
 
     return remove
 
@@ -72,23 +77,23 @@ def replaced(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
 
     An instance's own `forward` (accelerate's offloading) and the compiled call come back afterwards.
     """
-    compiled = module._compiled_call_impl
-    if isinstance(compiled, _Compiled):
-        call, compiled.call = compiled.call, function
+    call = module._compiled_call_impl
+    if isinstance(call, _Compiled):
+        own_call, call.call = call.call, function
         try:
             yield
         finally:
-            compiled.call = call
+            call.call = own_call
         return
     own = module.__dict__.get("forward")
     module.forward = function
-    if compiled is not None:
+    if call is not None:
         module._compiled_call_impl = None
     try:
         yield
     finally:
-        if compiled is not None:
-            module._compiled_call_impl = compiled
+        if call is not None:
+            module._compiled_call_impl = call
         if own is None:
             del module.forward
         else:

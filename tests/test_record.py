@@ -14,7 +14,7 @@ from torch import nn
 import dgkit
 from dgkit.errors import DgkitError, ModelError
 from dgkit.massive import channel_ratio, matched_dims
-from tests.tiny_models import ALL_CLASSES, CLASSES, build, image_slice, inputs, pipeline, sample, streams
+from tests.tiny_models import ALL_CLASSES, CLASSES, build, image_slice, inputs, pipeline, prompts, sample, streams
 
 
 def block_outputs(name: str, model: nn.Module, calls: list[dict]) -> list[torch.Tensor]:
@@ -328,3 +328,40 @@ def test_blocks_compiled_before_recording_say_that_their_gates_are_out_of_reach(
     assert trace.num_images() == 2 and trace.mean_abs().isfinite().all()
     with pytest.raises(ModelError, match="record before compiling"):
         dgkit.residual_gates(trace)
+
+
+@pytest.mark.parametrize("way", ["in place", "wrapped"])
+def test_compiled_blocks_are_recorded_without_their_gates(way: str) -> None:
+    """Gate hooks would become part of the graph: compiled anew for each batch size, and fullgraph would fail."""
+    torch._dynamo.reset()
+    model = build("sd3")
+    for index, block in enumerate(model.transformer_blocks):
+        if way == "in place":
+            block.compile(backend="eager", fullgraph=True)
+        else:
+            model.transformer_blocks[index] = torch.compile(block, backend="eager", fullgraph=True)
+    reference = build("sd3")
+    with torch.no_grad(), dgkit.record(model) as trace, dgkit.record(reference) as expected:
+        for batch in (2, 1):
+            model(**inputs("sd3", batch))
+            reference(**inputs("sd3", batch))
+    torch.testing.assert_close(trace.mean_abs(), expected.mean_abs())
+    assert trace.num_gates_seen() == 0
+    with pytest.raises(ModelError, match="compiled"):
+        dgkit.residual_gates(trace)
+
+
+def test_runs_of_one_step_and_other_pipelines_are_told_apart() -> None:
+    """Two Flux runs on the same latents object, then another pipeline on the same transformer."""
+    pipe, latents = pipeline("flux"), torch.randn(1, 16, 16)
+    call = prompts("flux", 1) | {"num_inference_steps": 1, "output_type": "latent", "latents": latents}
+    with dgkit.record(pipe) as trace:
+        pipe(**call)
+        pipe(**call)
+    assert trace.labels == ["cond"] and trace.num_images() == 2
+    other = pipeline("flux")
+    other.transformer = pipe.transformer
+    with dgkit.record(pipe) as trace:
+        pipe(**call)
+        other(**call)
+    assert sorted(trace.labels) == ["cond", "unknown"]

@@ -1,6 +1,17 @@
 """What dgkit knows about the insides of diffusers' transformers and pipelines. Nothing else in the package does."""
 
-from dgkit.anatomy.pipelines import COND, DEGRADED, PIPELINES, UNCOND, UNKNOWN, RowLabels, Step, pipeline_row, step_of
+from dgkit.anatomy.pipelines import (
+    COND,
+    DEGRADED,
+    PIPELINES,
+    UNCOND,
+    UNKNOWN,
+    RowLabels,
+    Step,
+    calling_pipeline,
+    pipeline_row,
+    step_of,
+)
 from dgkit.anatomy.transformers import TRANSFORMERS, Anatomy, Block, Call, Gate, Stack, dissect
 
 __all__ = [
@@ -17,6 +28,7 @@ __all__ = [
     "RowLabels",
     "Step",
     "Stack",
+    "calling_pipeline",
     "dissect",
     "pipeline_row",
     "step_of",

@@ -1,9 +1,11 @@
 """What a pipeline's calls of its transformer mean: to add a pipeline class, add a row to `PIPELINES`."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from dgkit.anatomy.transformers import Call
@@ -73,6 +75,11 @@ def pipeline_row(pipe: Any) -> Pipeline:
     name = type(pipe).__name__
     if "PAG" in name or "ControlNet" in name:
         raise ModelError(f"{name} is not supported: its batches have other rows than plain or classifier-free guidance")
+    if "Kontext" in name or name.startswith("Flux2"):
+        raise ModelError(
+            f"{name} is not supported: its transformer sees the tokens of reference images as well, which would be "
+            f"taken for the image"
+        )
     row = next((row for prefix, row in PIPELINES.items() if name.startswith(prefix)), None)
     if row is None or isinstance(pipe, nn.Module):
         raise ModelError(f"expected a diffusers pipeline of the families {', '.join(PIPELINES)}, got {name}")
@@ -82,21 +89,35 @@ def pipeline_row(pipe: Any) -> Pipeline:
 class RowLabels:
     """Tells which rows of each transformer call are conditional and which unconditional.
 
-    Only the pipeline knows, so the rows of a bare transformer are all "unknown". One instance watches one run.
+    Only the pipeline knows, so the rows of a bare transformer, and those of another pipeline that shares it, are all
+    "unknown". One instance watches any number of runs.
     """
 
     def __init__(self, target: Any) -> None:
         self._pipe = target
         self._row = None if isinstance(target, nn.Module) else pipeline_row(target)
         self._previous: Tensor | None = None
+        self._schedule: Tensor | None = None
 
     def __call__(self, call: Call) -> tuple[str, ...]:
         """The label of each row of `call`."""
-        if self._row is None:
+        if self._row is None or calling_pipeline() not in (self._pipe, None):
             return (UNKNOWN,) * call.batch
+        if self._schedule is not self._pipe.scheduler.timesteps:  # a new run: each makes a schedule of its own
+            self._schedule, self._previous = self._pipe.scheduler.timesteps, None
         labels = self._row.rows(self._pipe, call, self._previous)
         self._previous = call.hidden_states
         return labels
+
+
+def calling_pipeline() -> DiffusionPipeline | None:
+    """The innermost pipeline whose `__call__` is under way; None when the transformer is called by hand."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "__call__" and isinstance(frame.f_locals.get("self"), DiffusionPipeline):
+            return frame.f_locals["self"]
+        frame = frame.f_back
+    return None
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from dgkit.errors import DgkitError, ModelError
+from dgkit.taps import compiled
 
 # --------------------------------------------------------------------------------------------------------------- gates
 
@@ -674,7 +675,7 @@ def dissect(target: Any) -> Anatomy:
     """
     model = getattr(target, "transformer", target)
     # torch.compile(model) wraps the module as `_orig_mod`; model.compile() sets `_compiled_call_impl`
-    if isinstance(model, nn.Module) and (hasattr(model, "_orig_mod") or model._compiled_call_impl is not None):
+    if isinstance(model, nn.Module) and compiled(model):
         raise ModelError(
             "the transformer is compiled as a whole, which ignores hooks added later: use the uncompiled transformer, "
             "or compile block by block (`for block in transformer.transformer_blocks: block.compile()`)"

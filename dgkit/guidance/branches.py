@@ -17,7 +17,7 @@ from dgkit.anatomy import DEGRADED, Anatomy, Block, dissect
 from dgkit.anatomy.transformers import consecutive, named
 from dgkit.errors import DgkitError, ModelError
 from dgkit.hooks import Pass, degraded_pass
-from dgkit.taps import replaced, tap, tap_before
+from dgkit.taps import compiled, replaced, tap, tap_before
 
 SHARING = ("replay", "fork", "none", "auto")
 
@@ -478,7 +478,7 @@ class _AttentionMode(TorchFunctionMode):
 @contextmanager
 def _attention_replaced(block: Block, attention: Attention) -> Iterator[None]:
     module = block.module
-    if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+    if compiled(module):
         raise ModelError(
             "this guidance changes the attention inside blocks, which compiled blocks hide: do not compile"
         )

@@ -1,6 +1,5 @@
 """Guidance of the pipelines people use, by hooks on their transformer; no copied `__call__`."""
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -9,10 +8,9 @@ from weakref import WeakSet
 
 import torch
 import torch.nn.functional as F
-from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from dgkit.anatomy import COND, UNCOND, Call, RowLabels, dissect, pipeline_row
+from dgkit.anatomy import COND, UNCOND, Call, RowLabels, calling_pipeline, dissect, pipeline_row
 from dgkit.errors import DgkitError, ModelError
 from dgkit.guidance.branches import Cost, Engine
 from dgkit.guidance.methods import DG, Branching, Combining, Method, Now, Reuse, Scale
@@ -58,14 +56,9 @@ def guide(pipe: Any, *methods: Method, sharing: str = "replay") -> Iterator[Guid
 
     Raises:
         DgkitError: an argument out of range, or one left out for a model that has no preset for it.
-        ModelError: a pipeline dgkit cannot guide, a transformer compiled as a whole or already guided.
+        ModelError: a pipeline dgkit cannot guide, a transformer compiled as a whole, cached or already guided.
     """
     row = pipeline_row(pipe)
-    if any(family in type(pipe).__name__ for family in ("Kontext", "Flux2")):
-        raise ModelError(
-            f"{type(pipe).__name__} is not supported: its transformer sees the tokens of reference images as well, "
-            f"which guidance would take for the image"
-        )
     anatomy = dissect(pipe)
     if not methods or not all(isinstance(method, Method) for method in methods):
         raise DgkitError(f"methods={list(methods)!r} is not allowed: give one or more of dgkit.guidance.METHODS")
@@ -129,7 +122,7 @@ def detail_guidance(
 
     Raises:
         DgkitError: an argument out of range, or one left out for a model that has no preset for it.
-        ModelError: a pipeline dgkit cannot guide, a transformer compiled as a whole or already guided.
+        ModelError: a pipeline dgkit cannot guide, a transformer compiled as a whole, cached or already guided.
     """
     method = DG(scale=scale, block=block, dims=dims, kind=kind, seed=seed, start=start, stop=stop, reuse=reuse)
     return guide(pipe, method, sharing=sharing)
@@ -191,7 +184,7 @@ class _Steps:
     @torch.compiler.disable
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.engine.forget()
-        self.ours = _calling_pipeline() in (self.pipe, None)
+        self.ours = calling_pipeline() in (self.pipe, None)
         if not self.ours:
             return
         if self.pipe.transformer is not self.anatomy.model or self.anatomy.model._compiled_call_impl is not None:
@@ -200,7 +193,7 @@ class _Steps:
             raise ModelError("skip_guidance_layers cannot be combined with dgkit's guidance: leave it out, or use slg")
         if self.schedule is not self.pipe.scheduler.timesteps:
             self.schedule = self.pipe.scheduler.timesteps
-            self.row_labels, self.memories = RowLabels(self.pipe), {}
+            self.memories = {}
         call = Call.of(self.anatomy, args, kwargs)
         self.now = Now(self.pipe, self.anatomy, call)
         self.labels = self.row_labels(call)
@@ -289,16 +282,6 @@ class _Steps:
 
     def _memory(self, method: Method) -> _Memory:
         return self.memories.setdefault(id(method), _Memory())
-
-
-def _calling_pipeline() -> DiffusionPipeline | None:
-    """The innermost pipeline whose `__call__` is under way; None when the transformer is called by hand."""
-    frame = inspect.currentframe()
-    while frame is not None:
-        if frame.f_code.co_name == "__call__" and isinstance(frame.f_locals.get("self"), DiffusionPipeline):
-            return frame.f_locals["self"]
-        frame = frame.f_back
-    return None
 
 
 def _repeated(values: Tensor, count: int) -> Tensor:
