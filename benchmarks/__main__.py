@@ -14,7 +14,7 @@ def main(arguments: list[str] | None = None) -> None:
     show(
         pd.concat([*rows, record.measure_memory()]),
         f"Time and memory with random weights at reduced width (float32, {torch.get_num_threads()} threads); holds: "
-        f"guidance within {branches.ALLOWED_PERCENT:g} % of the formula, record at most {record.ALLOWED} of plain, and "
+        f"replay within {branches.ALLOWED_PERCENT:g} % of the formula, record at most {record.ALLOWED} of plain, and "
         f"as large after 1,000 prompts as after 10",
     )
 

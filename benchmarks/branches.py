@@ -51,7 +51,8 @@ def measure(sizes: dict[str, Size], count: int) -> pd.DataFrame:
                     "spread %": spread(taken, naive),
                     "expected": expected,
                     "off %": off,
-                    "holds": abs(off) <= ALLOWED_PERCENT,
+                    # "fork" gains from the larger batch as well, which the formula knows nothing of
+                    "holds": abs(off) <= ALLOWED_PERCENT if sharing == "replay" else None,
                 }
             )
     return pd.DataFrame(rows)
@@ -61,7 +62,7 @@ def main(arguments: list[str] | None = None) -> None:
     show(
         measure(REDUCED, rounds(arguments, __doc__)),
         f"Time of guided steps over full passes (random weights, reduced width, float32, "
-        f"{torch.get_num_threads()} threads); holds: within {ALLOWED_PERCENT:g} % of the formula",
+        f"{torch.get_num_threads()} threads); holds: replay within {ALLOWED_PERCENT:g} % of the formula",
     )
 
 

@@ -88,7 +88,8 @@ def test_branches_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     assert list(table["run"]) == [run for run in GUIDED if not run.endswith("none")] * 4
     for row in table.itertuples():
         assert row.expected == pytest.approx(FORMULA[row.model][row.run.startswith("CFG")])
-        assert row.holds == (abs(row.ratio / row.expected - 1) <= 0.04)
+        within = abs(row.ratio / row.expected - 1) <= 0.04
+        assert row.holds == (within if row.run.endswith("replay") else None)
     monkeypatch.setattr(branches, "REDUCED", {"dit-xl-2": full_size.TOY["dit-xl-2"]})
     branches.main(["--rounds", "1"])
     assert "0.875" in capsys.readouterr().out
