@@ -5,12 +5,15 @@ import shutil
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
 from diffusers import AutoencoderKL
 
 from dgkit.errors import DgkitError
-from dgkit.tiny import classifier, data, dit
+from dgkit.tiny import autoencoder, classifier, data, dit, flow
 from dgkit.tiny.loop import Schedule
+from dgkit.tiny.tiles import Tiles
 
 
 def train(name: str, folder: Path) -> None:
@@ -21,13 +24,16 @@ def train(name: str, folder: Path) -> None:
     killed goes on where that run was; finished stages are not repeated. Uses the GPU if there is one, otherwise as many
     threads as torch is set to; either changes the rounding, hence the weights, but not the batches and their noise.
 
+    `tiny-sd3` and `tiny-flux` share the autoencoder in the folder `tile-autoencoder` beside theirs, and train it first
+    if it is not complete.
+
     Args:
         name: a key of `MODELS`.
         folder: the run's folder; made if missing.
 
     Raises:
         DgkitError: `name` is unknown, or `folder` holds a run of another recipe.
-        DataError: Fashion-MNIST is missing or altered.
+        DataError: the data are missing or altered.
     """
     if name not in MODELS:
         raise DgkitError(f"name={name!r} is not allowed: use one of {', '.join(map(repr, MODELS))}")
@@ -40,10 +46,13 @@ def train(name: str, folder: Path) -> None:
         raise DgkitError(f"folder={str(folder)!r} is not allowed: it holds a run of another recipe than {recipe}")
 
     def build(model: Path) -> None:
-        MODELS[name](recipe, folder, model)
+        MODELS[name].build(recipe, folder, model)
         shutil.copy(recipe, model)
         networks = {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.glob("*/training.json"))}
-        facts = {"model": name, "data": data.FASHION_MNIST, "networks": networks}
+        if name in flow.FAMILIES:
+            shared = folder.with_name(TILE_AUTOENCODER) / "model" / "training.json"
+            networks = json.loads(shared.read_text())["networks"] | networks
+        facts = {"model": name, "data": MODELS[name].data, "networks": networks}
         (model / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
 
     _build_once(folder / "model", build)
@@ -67,6 +76,21 @@ def _train_classifier(recipe_file: Path, folder: Path, model: Path) -> None:
     classifier.save_classifier(classifier.train_classifier(schedule, folder / "classifier"), model)
 
 
+def _train_tile_autoencoder(recipe_file: Path, folder: Path, model: Path) -> None:
+    vae = autoencoder.train_autoencoder(autoencoder.Recipe.read(recipe_file), Tiles.load(), folder / "autoencoder")
+    vae.bfloat16().save_pretrained(model)
+
+
+def _train_text_to_image(recipe_file: Path, folder: Path, model: Path) -> None:
+    train(TILE_AUTOENCODER, folder.with_name(TILE_AUTOENCODER))
+    vae = AutoencoderKL.from_pretrained(folder.with_name(TILE_AUTOENCODER) / "model")
+    recipe, tiles = flow.Recipe.read(recipe_file), Tiles.load()
+    torch.manual_seed(recipe.schedule.seed)
+    network = flow.FAMILIES[recipe_file.stem](recipe, [str(caption) for caption in tiles.captions])
+    flow.train_model(recipe, network, vae, tiles, folder / "transformer")
+    flow.save_pipeline(network, vae, model)
+
+
 def _build_once(result: Path, build: Callable[[Path], object]) -> None:
     """Let `build` fill the folder `result` unless it is complete; a killed build leaves only `result`.partial."""
     if result.exists():
@@ -78,8 +102,20 @@ def _build_once(result: Path, build: Callable[[Path], object]) -> None:
     partial.rename(result)
 
 
-MODELS: dict[str, Callable[[Path, Path, Path], None]] = {
-    "tiny-dit": _train_dit,
-    "fashion-classifier": _train_classifier,
+class Model(NamedTuple):
+    """How one model is trained, given its recipe's file, the run's folder and the folder for the model; on what."""
+
+    build: Callable[[Path, Path, Path], None]
+    data: str
+
+
+TILE_AUTOENCODER = "tile-autoencoder"
+
+MODELS: dict[str, Model] = {
+    "tiny-dit": Model(_train_dit, data.FASHION_MNIST),
+    "fashion-classifier": Model(_train_classifier, data.FASHION_MNIST),
+    TILE_AUTOENCODER: Model(_train_tile_autoencoder, data.DUNGEON_TILES),
+    "tiny-sd3": Model(_train_text_to_image, data.DUNGEON_TILES),
+    "tiny-flux": Model(_train_text_to_image, data.DUNGEON_TILES),
 }
-"""The trainings by name: each takes the recipe file, the run's folder and the folder for the model."""
+"""The trainings by name."""

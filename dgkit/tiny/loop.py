@@ -129,7 +129,8 @@ def _restore(path: Path, model: nn.Module, average: dict[str, Tensor], optimizer
 
 def _save_atomically(tensors: dict[str, Tensor], path: Path) -> None:
     partial = path.with_suffix(".partial")
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, partial)
+    # copies, since safetensors refuses tensors that share memory (T5's embedding has two names)
+    save_file({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()}, partial)
     os.replace(partial, path)
 
 
