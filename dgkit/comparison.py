@@ -192,6 +192,13 @@ def comparison_values(compared: Mapping[str, Compared], conditions: Sequence[Any
     return values
 
 
+def larger_run(values: Mapping[str, Any], reference: Record | None) -> Mapping[str, Any]:
+    """The numbers of this run if it is large enough for a Frechet distance, else those of the reference run, if any."""
+    if f"{BASELINE}.frechet" in values or reference is None:
+        return values
+    return reference.decoded()
+
+
 def comparison_table(values: Mapping[str, Any]) -> pd.DataFrame:
     """`comparison_values` for people: one row per method."""
     names = [key.removesuffix(".steps") for key in values if key.endswith(".steps")]

@@ -122,3 +122,10 @@ def test_reuse_table_keeps_one_row_per_setting() -> None:
     fake = {f"{n}.reuse_cost": 1.0 for n in comparison.REUSES} | {f"{n}.reuse_distance": 0.5 for n in comparison.REUSES}
     table = comparison.reuse_table(fake)
     assert isinstance(table, pd.DataFrame) and len(table) == len(comparison.REUSES)
+
+
+def test_a_small_run_shows_the_reference_runs_numbers() -> None:
+    small, large = {"CFG.steps": 20}, {"CFG.steps": 20, "CFG.frechet": 3.0}
+    reference = Record("n", {}, {}, {"CFG.frechet": 2.5})
+    assert comparison.larger_run(small, reference) == {"CFG.frechet": 2.5}
+    assert comparison.larger_run(large, reference) is large and comparison.larger_run(small, None) is small
