@@ -75,7 +75,8 @@ def live_megabytes() -> float:
 
 
 def _is_tensor(value: Any) -> bool:
-    return issubclass(type(value), Tensor)  # isinstance would wake up lazy objects
+    # isinstance would wake up lazy objects; subclasses such as the fake tensors of torch.compile hold no memory
+    return type(value) in (Tensor, nn.Parameter)
 
 
 @torch.no_grad()

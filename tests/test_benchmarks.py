@@ -101,6 +101,16 @@ def test_record_table() -> None:
     assert table.loc["record", "holds"] == (table.loc["record", "ratio"] <= 1.08)
 
 
+def test_tensors_without_memory_are_not_counted() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    before = record.live_megabytes()
+    with FakeTensorMode():
+        fake = torch.zeros(1000, 1000)
+    real = torch.zeros(500, 1000)
+    assert record.live_megabytes() - before == pytest.approx(2.0, abs=0.01) and len(fake) == 2 * len(real)
+
+
 def test_a_record_stays_as_large_as_it_is() -> None:
     table = record.measure_memory((2, 6)).set_index("run")
     assert table.loc["record, 6 prompts", "MB"] == table.loc["record, 2 prompts", "MB"] > 0

@@ -14,7 +14,7 @@ from dgkit.comparison import Compared, Entry, chosen_scales, comparison_table, c
 from dgkit.errors import DgkitError
 from dgkit.guidance import METHODS
 from dgkit.results import Record
-from tests.tiny_models import build
+from tests.tiny_models import build, pipeline, sample
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +129,22 @@ def test_a_small_run_shows_the_reference_runs_numbers() -> None:
     reference = Record("n", {}, {}, {"CFG.frechet": 2.5})
     assert comparison.larger_run(small, reference) == {"CFG.frechet": 2.5}
     assert comparison.larger_run(large, reference) is large and comparison.larger_run(small, None) is small
+
+
+@pytest.mark.parametrize("name", ["sd3", "flux"])
+def test_methods_run_on_text_pipelines_too(name: str) -> None:
+    """At the settings of the comparison; each changes the images of CFG, and of each other."""
+    pipe = pipeline(name)
+    seen = [sample(pipe, name, guidance_scale=4.0)]
+    for entry in entries(pipe, 4.0, 1, [3], 0).values():
+        if entry.method is not None:
+            with dgkit.guide(pipe, entry.method):
+                seen.append(sample(pipe, name, guidance_scale=entry.guidance_scale))
+    assert len(seen) == 12
+    assert all(not torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
+
+
+def test_large_models_are_not_copied(monkeypatch: pytest.MonkeyPatch, pipe: Any) -> None:
+    monkeypatch.setattr(comparison, "LARGEST_COPY", 1_000)
+    monkeypatch.setattr(comparison, "noisy_copy", lambda *_: pytest.fail("copied"))
+    assert "CFG + autoguidance" not in entries(pipe, 4.0, 2, [7], 0)

@@ -232,6 +232,14 @@ def test_tpg_shuffles_tokens_and_block_drop_skips_others_each_step(name: str) ->
         )
 
 
+@pytest.mark.parametrize(("name", "depth", "expected"), [("dit", 5, 2), ("flux", 3, 3), ("flux", 5, 5), ("sd3", 4, 2)])
+def test_the_middle_block_is_the_default_unless_it_is_a_stacks_first(name: str, depth: int, expected: int) -> None:
+    """Flux of depth d has d - 1 double and d single blocks, so that block d - 1, the middle one, is a first."""
+    anatomy = dissect(build(name, depth=depth))
+    assert METHODS["slg"]().bound(None, anatomy).blocks == (expected,)
+    assert METHODS["pag"](blocks=[1, 0, 1]).bound(None, anatomy).blocks == (0, 1)
+
+
 def test_tpg_keeps_every_token() -> None:
     from dgkit.guidance.methods import Now
 

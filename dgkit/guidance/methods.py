@@ -184,14 +184,19 @@ def _filled_in(dg: DG, pipe: Any, anatomy: Anatomy) -> tuple[dict[str, Any], Cal
 
 @dataclass(frozen=True, kw_only=True)
 class Blocks(Branching):
-    """Methods that change what some blocks do: `blocks`, by default (empty) the middle one."""
+    """Methods that change what some blocks do: `blocks`, by default (empty) the middle one.
+
+    Where the middle block is the first of its stack, which cannot be skipped, the default is the one after it.
+    """
 
     blocks: Sequence[int] = ()
 
     def bound(self, pipe: Any, anatomy: Anatomy) -> Self:
         if isinstance(self.blocks, str) or not isinstance(self.blocks, Sequence):
             raise DgkitError(f"blocks={self.blocks!r} is not allowed: give a list of blocks")
-        blocks = {anatomy.block(block).index for block in self.blocks} or {len(anatomy.blocks) // 2}
+        middle = len(anatomy.blocks) // 2
+        first = middle > 0 and anatomy.blocks[middle].stack is not anatomy.blocks[middle - 1].stack
+        blocks = {anatomy.block(block).index for block in self.blocks} or {middle + first}
         return replace(self, blocks=tuple(sorted(blocks)))
 
 
