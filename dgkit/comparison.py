@@ -204,18 +204,21 @@ def larger_run(values: Mapping[str, Any], reference: Record | None) -> Mapping[s
 
 
 def comparison_table(values: Mapping[str, Any]) -> pd.DataFrame:
-    """`comparison_values` for people: one row per method."""
-    names = [key.removesuffix(".steps") for key in values if key.endswith(".steps")]
+    """`comparison_values` for people: one row per method, without the intervals that the figure shows."""
+    columns = {
+        "scale": "{:g}",
+        "steps": "{}",
+        "cost": "{:.0f}",
+        "sharpness_ratio": "{:.2f}",
+        "class_agreement": "{:.2f}",
+        "frechet": "{:.2f}",
+        "frechet_change": "{:+.2f}",
+    }
     rows = []
-    for name in names:
-        row = {"method": name, "scale": f"{values[f'{name}.scale']:g}", "steps": values[f"{name}.steps"]}
-        row |= {"block evaluations": f"{values[f'{name}.cost']:.0f}"}
-        row |= {"sharpness": f"{values[f'{name}.sharpness_ratio']:.2f}"}
-        if f"{name}.class_agreement" in values:
-            row["class agreement"] = f"{values[f'{name}.class_agreement']:.2f}"
-        if f"{name}.frechet" in values:
-            row |= {"Frechet": f"{values[f'{name}.frechet']:.2f}", "change": f"{values[f'{name}.frechet_change']:+.2f}"}
-        rows.append(row)
+    for name in (key.removesuffix(".steps") for key in values if key.endswith(".steps")):
+        known = {column: values[f"{name}.{column}"] for column in columns if f"{name}.{column}" in values}
+        shown = {c: v.value if isinstance(v, stats.Interval) else v for c, v in known.items()}
+        rows.append({"method": name} | {c.replace("_", " "): columns[c].format(v) for c, v in shown.items()})
     return pd.DataFrame(rows).set_index("method")
 
 

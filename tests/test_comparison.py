@@ -82,7 +82,9 @@ def test_values_and_table(pipe: Any, run: experiments.Samples) -> None:
     values = comparison_values(compared, run.conditions)
     assert values["same.sharpness_ratio"].value == pytest.approx(1.0) and values["same.steps"] == 5
     assert "CFG.frechet" not in values, "two images are too few for a Frechet distance"
-    assert list(comparison_table(values).index) == ["CFG", "same"]
+    table = comparison_table(values)
+    assert list(table.index) == ["CFG", "same"]
+    assert table.loc["same"].tolist()[:4] == ["0.5", "5", "90", "1.00"]
     assert "class_agreement" not in " ".join(comparison_values(compared, None))
 
 
@@ -92,7 +94,7 @@ def test_frechet_needs_enough_images_and_is_paired_with_cfg(pipe: Any) -> None:
     values = comparison_values(compared, [i % 10 for i in range(160)])
     change = values["same.frechet_change"]
     assert (change.value, change.low, change.high) == (0.0, 0.0, 0.0)
-    assert {"Frechet", "change"} <= set(comparison_table(values).columns)
+    assert {"frechet", "frechet change"} <= set(comparison_table(values).columns)
 
 
 def test_noisy_copy_is_worse_by_the_stated_amount_and_leaves_the_model_alone() -> None:
