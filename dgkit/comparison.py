@@ -206,19 +206,22 @@ def larger_run(values: Mapping[str, Any], reference: Record | None) -> Mapping[s
 def comparison_table(values: Mapping[str, Any]) -> pd.DataFrame:
     """`comparison_values` for people: one row per method, without the intervals that the figure shows."""
     columns = {
-        "scale": "{:g}",
-        "steps": "{}",
-        "cost": "{:.0f}",
-        "sharpness_ratio": "{:.2f}",
-        "class_agreement": "{:.2f}",
-        "frechet": "{:.2f}",
-        "frechet_change": "{:+.2f}",
+        "scale": ("scale", "{:g}"),
+        "steps": ("steps", "{}"),
+        "cost": ("cost", "{:.0f}"),
+        "sharpness_ratio": ("sharpness", "{:.2f}"),
+        "class_agreement": ("agreement", "{:.2f}"),
+        "frechet": ("Frechet", "{:.2f}"),
+        "frechet_change": ("change", "{:+.2f}"),
     }
     rows = []
     for name in (key.removesuffix(".steps") for key in values if key.endswith(".steps")):
-        known = {column: values[f"{name}.{column}"] for column in columns if f"{name}.{column}" in values}
-        shown = {c: v.value if isinstance(v, stats.Interval) else v for c, v in known.items()}
-        rows.append({"method": name} | {c.replace("_", " "): columns[c].format(v) for c, v in shown.items()})
+        row = {"method": name}
+        for measure, (column, form) in columns.items():
+            value = values.get(f"{name}.{measure}")
+            if value is not None:
+                row[column] = form.format(value.value if isinstance(value, stats.Interval) else value)
+        rows.append(row)
     return pd.DataFrame(rows).set_index("method")
 
 

@@ -94,7 +94,7 @@ def test_frechet_needs_enough_images_and_is_paired_with_cfg(pipe: Any) -> None:
     values = comparison_values(compared, [i % 10 for i in range(160)])
     change = values["same.frechet_change"]
     assert (change.value, change.low, change.high) == (0.0, 0.0, 0.0)
-    assert {"frechet", "frechet change"} <= set(comparison_table(values).columns)
+    assert {"Frechet", "change"} <= set(comparison_table(values).columns)
 
 
 def test_noisy_copy_is_worse_by_the_stated_amount_and_leaves_the_model_alone() -> None:
