@@ -213,10 +213,10 @@ class _Steps:
         branches = self.engine.finish(args, kwargs, reused=len(self.active) - len(self.computed))
         prediction = _prediction(output)
         channels = self.anatomy.predicted_channels or prediction.shape[1]
-        whole = _upcast(prediction)
+        whole = upcast(prediction)
         values, cond = whole[:, :channels], self.rows(COND)
         if cond:
-            added = self._added(values[cond], [_upcast(_prediction(branch))[:, :channels] for branch in branches])
+            added = self._added(values[cond], [upcast(_prediction(branch))[:, :channels] for branch in branches])
             self.conditional = _Conditional(values[cond], added, prediction)
         assert self.conditional is not None, "the conditional call comes first"
         c, added = self.conditional.c, self.conditional.added
@@ -289,7 +289,7 @@ def _repeated(values: Tensor, count: int) -> Tensor:
     return torch.cat([values] * (count // len(values)))
 
 
-def _upcast(prediction: Tensor) -> Tensor:
+def upcast(prediction: Tensor) -> Tensor:
     """At least float32: differences of predictions are small."""
     return prediction.to(torch.promote_types(prediction.dtype, torch.float32))
 

@@ -7,14 +7,13 @@ from contextlib import ExitStack
 from typing import Any
 
 import diffusers
-import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from dgkit.anatomy import COND, UNCOND, Call, dissect
 from dgkit.errors import DgkitError, ModelError
 from dgkit.guidance.branches import Cost, Engine
-from dgkit.guidance.guide import guided_transformers
+from dgkit.guidance.guide import guided_transformers, upcast
 from dgkit.guidance.methods import DG, Now
 
 _MOVED = (
@@ -235,16 +234,16 @@ class DetailGuidance(BaseGuidance):
         self, pred_cond: Tensor, pred_uncond: Tensor | None = None, pred_cond_degraded: Tensor | None = None
     ) -> Any:
         """Eq. 5, or without `pred_uncond` Eq. 4; in float32, in the predictions' dtype again."""
-        c = _upcast(pred_cond)
+        c = upcast(pred_cond)
         pred = c
         if pred_uncond is not None:
-            u = _upcast(pred_uncond)
+            u = upcast(pred_uncond)
             pred = u + self.guidance_scale * (c - u)
         if pred_cond_degraded is not None:
             assert self.dg is not None, "the call for c comes first"
             w = self.dg.scale if pred_uncond is None else self.dg.scale_with_cfg
             assert isinstance(w, int | float)
-            pred = pred + w * (c - _upcast(pred_cond_degraded))
+            pred = pred + w * (c - upcast(pred_cond_degraded))
         return GuiderOutput(pred=pred.to(pred_cond.dtype), pred_cond=pred_cond, pred_uncond=pred_uncond)
 
     def get_state(self) -> dict[str, Any]:
@@ -268,11 +267,6 @@ def _replace_next_call(denoiser: nn.Module, function: Callable[..., Any]) -> Non
 
 def _restore_call(denoiser: nn.Module) -> None:
     vars(denoiser).pop("_call_impl", None)
-
-
-def _upcast(prediction: Tensor) -> Tensor:
-    """At least float32: differences of predictions are small."""
-    return prediction.to(torch.promote_types(prediction.dtype, torch.float32))
 
 
 def _require_known_guiders(guider: Any = None) -> None:
