@@ -23,6 +23,7 @@ class Schedule:
         batch: images per step.
         lr: peak learning rate of AdamW (no weight decay): linear warm-up, then cosine decay to a tenth.
         warmup: steps of the linear warm-up.
+        decay_steps: length of the cosine decay; a training shorter than it ends at a higher rate. 0: `steps`.
         ema: decay of the exponential moving average of the weights; 0 keeps the last weights.
         seed: seed of the weights, and with the step number, of every batch and its noise.
     """
@@ -31,13 +32,14 @@ class Schedule:
     batch: int
     lr: float
     warmup: int = 100
+    decay_steps: int = 0
     ema: float = 0.0
     seed: int = 0
 
     def lr_at(self, step: int) -> float:
         """Learning rate of zero-based `step`."""
         ramp = min(1.0, (step + 1) / self.warmup)
-        return self.lr * ramp * (0.55 + 0.45 * math.cos(math.pi * min(1.0, step / self.steps)))
+        return self.lr * ramp * (0.55 + 0.45 * math.cos(math.pi * min(1.0, step / (self.decay_steps or self.steps))))
 
 
 def device() -> torch.device:
