@@ -65,10 +65,11 @@ def _parser() -> argparse.ArgumentParser:
 def _run(arguments: argparse.Namespace) -> int:
     from dgkit import notebooks, paths
 
-    parameters = notebooks.reference_parameters(arguments.name) if arguments.reference else {}
-    parameters |= dict(notebooks.parse_parameter(text) for text in arguments.parameters)
+    parameters = dict(notebooks.parse_parameter(text) for text in arguments.parameters)
     if arguments.model is not None:
         parameters["model"] = arguments.model
+    if arguments.reference:
+        parameters = notebooks.reference_parameters(arguments.name, parameters.get("model")) | parameters
     output = arguments.output or (paths.build_dir() / "reference" if arguments.reference else None)
     print(notebooks.execute(arguments.name, parameters, output))
     return 0

@@ -12,15 +12,15 @@ from numpy.typing import NDArray
 from torch import nn
 
 from dgkit import stats
-from dgkit.anatomy import dissect
+from dgkit.anatomy import dissect, pipeline_row
 from dgkit.errors import DgkitError
-from dgkit.experiments import Samples, frechet_change, frechet_to_real
+from dgkit.experiments import Samples, frechet_change, samples
 from dgkit.guidance import METHODS, Method, Reuse, guide
-from dgkit.metrics.classifier import agreement, fashion_classifier
+from dgkit.metrics.judges import Judge, judge_of
 from dgkit.metrics.spectrum import sharpness
 from dgkit.results import Record
 
-ENOUGH_FOR_FRECHET = 150  # of 64 features; below, the distance is mostly bias
+ENOUGH_FOR_FRECHET = 150  # images, for the judges' 64 or 48 features; below, the distance is mostly bias
 BRANCH_SCALES = (0.1, 0.3, 1.0)  # w
 CFG_SCALES = (2.0, 3.0, 5.0)  # s
 BASELINE = "CFG"
@@ -47,10 +47,10 @@ def entries(pipe: Any, guidance_scale: float, block: int, dims: Sequence[int], s
 
     PAG, SEG, SLG, TPG work on the middle block. Autoguidance's worse model is the model itself with noise of a tenth of
     each weight matrix's standard deviation, which stands in for an earlier checkpoint; models of more than a billion
-    parameters are not copied, so that it is left out there. DiT predicts noise, so CFG-Zero*
-    has no zero step there.
+    parameters are not copied, so that it is left out there. CFG-Zero* has its zero step in models that predict the
+    velocity; DiT predicts noise.
     """
-    s, velocity = guidance_scale, "DiT" not in type(pipe.transformer).__name__
+    s, velocity = guidance_scale, pipeline_row(pipe).velocity
     beside: dict[str, Method] = {
         "DG": METHODS["dg"](scale=1.0, block=block, dims=dims),  # type: ignore[call-arg]
         "PAG": METHODS["pag"](scale=1.0),
@@ -140,22 +140,28 @@ def _scale(entry: Entry) -> float:
 def choose_scales(pipe: Any, run: Samples, methods: Mapping[str, Entry]) -> pd.DataFrame:
     """Each method at each scale of its grid, at equal cost: columns method, scale, frechet, chosen.
 
-    Chosen is the lowest Frechet distance of the shipped classifier's features to real Fashion-MNIST; `run` should have
-    other seeds than the comparison.
+    Chosen is the lowest Frechet distance of the judge's features to real images; `run` should have other seeds than the
+    comparison.
 
     Raises:
-        DgkitError: too few images for a Frechet distance.
+        DgkitError: too few images for a Frechet distance, or a model that has no judge.
     """
+    judge = judge_of(pipe, run.conditions)
+    if judge is None:
+        raise DgkitError(
+            f"calibration_samples={len(run.seeds)} is not allowed: scales are chosen with a judge of the model's data "
+            "(see dgkit.metrics.judges), which this model has not; give 0"
+        )
     if len(run.seeds) < ENOUGH_FOR_FRECHET:
         raise DgkitError(
             f"calibration_samples={len(run.seeds)} is not allowed: give {ENOUGH_FOR_FRECHET} or more, or 0 for the "
             "scales of the reference run"
         )
-    judge, rows = fashion_classifier(), []
+    rows = []
     for name, entry in methods.items():
         for scale in entry.grid:
             images = compare(pipe, run, {name: entry.at(scale)}, {})[name].images
-            rows.append({"method": name, "scale": scale, "frechet": frechet_to_real(judge.features(images))})
+            rows.append({"method": name, "scale": scale, "frechet": judge.frechet(judge.features(images))})
     table = pd.DataFrame(rows)
     table["chosen"] = table.groupby("method")["frechet"].transform("min") == table["frechet"]
     return table
@@ -172,27 +178,47 @@ def scales_of(reference: Record | None) -> dict[str, float]:
     return {key.removesuffix(".scale"): value for key, value in values.items() if key.endswith(".scale")}
 
 
-def comparison_values(compared: Mapping[str, Compared], conditions: Sequence[Any] | None) -> dict[str, Any]:
+def scales_for(
+    pipe: Any, methods: Mapping[str, Entry], reference: Record | None, count: int, seed: int, steps: int
+) -> dict[str, float]:
+    """The scale of each method: chosen with `count` images, or with 0 images those of the reference run.
+
+    Args:
+        pipe: a pipeline.
+        methods: see `entries`; one that neither way names keeps the scale of its entry.
+        reference: the reference run, if there is one.
+        count: images to choose with; see `choose_scales`.
+        seed: of these images, another than that of the comparison.
+        steps: sampling steps of CFG.
+
+    Raises:
+        DgkitError: as for `samples` and `choose_scales`.
+    """
+    if count == 0:
+        return scales_of(reference)
+    return chosen_scales(choose_scales(pipe, samples(pipe, count, seed, steps), methods))
+
+
+def comparison_values(compared: Mapping[str, Compared], judge: Judge | None) -> dict[str, Any]:
     """What `compare` measured, as "METHOD.MEASURE".
 
-    Scale, steps, cost per image, sharpness over CFG's; on Fashion-MNIST agreement with the class, and with enough
+    Scale, steps, cost per image, sharpness over CFG's; with a judge agreement with the condition, and with enough
     images the Frechet distance and its change against CFG, paired, with its interval.
     """
     values: dict[str, Any] = {}
-    base, judge = compared[BASELINE].images, fashion_classifier() if conditions is not None else None
+    base = compared[BASELINE].images
     sharp = sharpness(base)
-    enough = judge is not None and len(base) >= ENOUGH_FOR_FRECHET
-    base_features = np.asarray(judge.features(base), float) if judge is not None and enough else None
+    base_features = judge.features(base) if judge is not None and len(base) >= ENOUGH_FOR_FRECHET else None
     for name, c in compared.items():
         values |= {f"{name}.scale": c.scale, f"{name}.steps": c.steps, f"{name}.cost": c.per_image}
         values[f"{name}.sharpness_ratio"] = stats.bootstrap(sharpness(c.images) / sharp.mean())
-        if judge is not None and conditions is not None:
-            right = agreement(judge(c.images), conditions)
-            values[f"{name}.class_agreement"] = stats.wilson(right.sum(), len(right))
+        if judge is not None:
+            right = judge.agreement(c.images)
+            values[f"{name}.agreement"] = stats.wilson(right.sum(), len(right))
         if judge is not None and base_features is not None:
-            features = np.asarray(judge.features(c.images), float)
-            values[f"{name}.frechet"] = frechet_to_real(features)
-            values[f"{name}.frechet_change"] = frechet_change(features, base_features)
+            features = judge.features(c.images)
+            values[f"{name}.frechet"] = judge.frechet(features)
+            values[f"{name}.frechet_change"] = frechet_change(judge, features, base_features)
     return values
 
 
@@ -210,7 +236,7 @@ def comparison_table(values: Mapping[str, Any]) -> pd.DataFrame:
         "steps": ("steps", "{}"),
         "cost": ("cost", "{:.0f}"),
         "sharpness_ratio": ("sharpness", "{:.2f}"),
-        "class_agreement": ("agreement", "{:.2f}"),
+        "agreement": ("agreement", "{:.2f}"),
         "frechet": ("Frechet", "{:.2f}"),
         "frechet_change": ("change", "{:+.2f}"),
     }

@@ -1,15 +1,14 @@
 """What the notebooks measure: one function per experiment of the paper, from a pipeline to plain numbers."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from safetensors.numpy import load_file
 from scipy.stats import spearmanr
 
 from dgkit import paper, stats
@@ -20,14 +19,15 @@ from dgkit.generate import generate, own_conditions
 from dgkit.guidance import detail_guidance
 from dgkit.hooks import Trace, disrupt, record
 from dgkit.massive import Massive, channel_ratio, detect_massive
-from dgkit.metrics.classifier import agreement, fashion_classifier, inception_score
+from dgkit.metrics.classifier import inception_score
 from dgkit.metrics.features import efficientnet_features
-from dgkit.metrics.frechet import frechet_distance, frechet_distance_to
+from dgkit.metrics.frechet import frechet_distance
+from dgkit.metrics.judges import FashionJudge, Judge
 from dgkit.metrics.precision_recall import precision_recall
 from dgkit.metrics.spectrum import band_error, high_frequency_energy, sharpness
 from dgkit.paths import DATA
 from dgkit.stats import Interval
-from dgkit.tiny.data import FASHION_MNIST_CLASSES, as_samples, fashion_mnist
+from dgkit.tiny.data import as_samples, fashion_mnist
 from dgkit.zoo import preset_of
 
 Images = NDArray[np.uint8]
@@ -70,17 +70,26 @@ class Samples:
         return replace(self, conditions=self.conditions[:count], seeds=self.seeds[:count])
 
 
-def samples(pipe: Any, count: int, seed: int, steps: int, guidance_scale: float = 1.0, batch_size: int = 64) -> Samples:
-    """The first `count` of the model's own conditions, again from the start when they run out.
-
-    Class-conditional pipelines go through their classes, text pipelines through `data/prompts/offline.txt`.
+def samples(
+    pipe: Any,
+    count: int,
+    seed: int,
+    steps: int,
+    guidance_scale: float = 1.0,
+    batch_size: int = 64,
+    each: int = 1,
+) -> Samples:
+    """The first `count / each` of the model's own conditions (see `own_conditions`), as a whole `each` times over.
 
     Raises:
-        DgkitError: `count` is not a positive integer.
+        DgkitError: `count` or `each` is not a positive integer, or `each` does not divide `count`.
     """
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise DgkitError(f"num_samples={count!r} is not allowed: give an integer, 1 or above")
-    conditions = own_conditions(pipe, count)
+    for name, number in (("num_samples", count), ("images_per_condition", each)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise DgkitError(f"{name}={number!r} is not allowed: give an integer, 1 or above")
+    if count % each:
+        raise DgkitError(f"images_per_condition={each} is not allowed: give a divisor of num_samples={count}")
+    conditions = own_conditions(pipe, count // each) * each
     return Samples(conditions, [seed * 1_000_000 + i for i in range(count)], steps, guidance_scale, batch_size)
 
 
@@ -169,17 +178,27 @@ def token_maps(pipe: Any, run: Samples, block: int, dim: int, count: int = 6) ->
 
 
 def timestep_shares(trace: Trace, conditions: Sequence[Any], block: int) -> dict[int, dict[str, Interval]]:
-    """For each tracked dim, the shares of the variance of its mean |z| that timestep, condition and image explain."""
+    """For each tracked dim, the shares of the variance of its mean |z| that timestep, condition and image explain.
+
+    "image" is what the image's own noise explains within its condition ("class"); where some condition has one image,
+    or all images have the same condition, the two cannot be told apart and there is no "class".
+    """
     values = trace.tracked()[:, :, block].numpy()  # (timesteps, images, dims)
-    several = len(set(conditions)) > 1 and min(conditions.count(c) for c in set(conditions)) > 1
-    labels = conditions if several else None
-    return {dim: stats.variance_explained(values[:, :, i].T, labels) for i, dim in enumerate(trace.track)}
+    images_of = Counter(conditions)
+    labels = conditions if len(images_of) > 1 and min(images_of.values()) > 1 else None
+    sampled = isinstance(conditions[0], str)  # prompts are a sample of all prompts; classes are all there are
+    return {
+        dim: stats.variance_explained(values[:, :, i].T, labels, sampled_labels=sampled)
+        for i, dim in enumerate(trace.track)
+    }
 
 
 def timestep_values(trace: Trace, conditions: Sequence[Any], block: int) -> dict[str, Any]:
     """What Fig. 4 shows, as numbers, for the first tracked dim: shares of variance, trend over time, gate agreement.
 
-    "trend" is mean |z| at the last step (least noise) over that at the first, over images.
+    The condition's share is "share.condition" where conditions have several images; else there is only
+    "share.condition_and_noise", of both together. "trend" is mean |z| at the last step (least noise) over that at the
+    first, over images.
     """
     shares = timestep_shares(trace, conditions, block)[trace.track[0]]
     tracked = trace.tracked()[:, :, block, 0].numpy()
@@ -187,7 +206,11 @@ def timestep_values(trace: Trace, conditions: Sequence[Any], block: int) -> dict
     return {
         "dim": trace.track[0],
         "share.timestep": shares["timestep"],
-        "share.condition": shares.get("class", shares["image"]),
+        **(
+            {"share.condition": shares["class"]}
+            if "class" in shares
+            else {"share.condition_and_noise": shares["image"]}
+        ),
         "trend": stats.bootstrap(tracked[-1] / tracked[0]),
         "gates.count": len(gates),
         "gates.same_largest": int(gates["same_largest"].sum()),
@@ -228,14 +251,13 @@ def intervene(
     return images
 
 
-def image_effects(images: Mapping[str, Images], baseline: str, conditions: Sequence[Any] | None = None) -> pd.DataFrame:
+def image_effects(images: Mapping[str, Images], baseline: str, judge: Judge | None = None) -> pd.DataFrame:
     """Per image and setting, what differs from the paired image of `baseline`.
 
     Columns: low_error, high_error (relative squared error below and above 1/8 cycles/pixel), sharpness_ratio (of the
     variance of the Laplacian; scaled so that the mean over images is the ratio of the means, which unlike the mean of
     ratios does not favour sharper), high_frequency_change (difference of the energy share above 1/4
-    cycles/pixel), and with `conditions` (Fashion-MNIST classes) class_agreement (1 where the classifier sees the class
-    asked for).
+    cycles/pixel), and with a judge agreement (1 where it finds what was asked for).
     Settings named "random 1", "random 2", ... are averaged per image into one setting "random".
     """
     reference = images[baseline]
@@ -251,15 +273,10 @@ def image_effects(images: Mapping[str, Images], baseline: str, conditions: Seque
             "sharpness_ratio": 1 + (sharpness(batch) - sharp) / sharp.mean(),
             "high_frequency_change": high_frequency_energy(batch) - high_frequency_energy(reference),
         }
-        if conditions is not None:
-            columns["class_agreement"] = agreement(fashion_classifier()(batch), conditions).astype(float)
+        if judge is not None:
+            columns["agreement"] = judge.agreement(batch).astype(float)
         rows.append(pd.DataFrame(columns))
     return pd.concat(rows).groupby(["setting", "image"], sort=False).mean().reset_index()
-
-
-def fashion_conditions(pipe: Any, run: Samples) -> list[Any] | None:
-    """The classes of `run` when the shipped Fashion-MNIST classifier can judge them, else None."""
-    return run.conditions if tuple(condition_names(pipe, range(10))) == FASHION_MNIST_CLASSES else None
 
 
 def summarise(effects: pd.DataFrame) -> dict[str, Interval]:
@@ -268,7 +285,7 @@ def summarise(effects: pd.DataFrame) -> dict[str, Interval]:
 
     def interval(values: NDArray[np.float64], column: str) -> Interval:
         # a bootstrap of a proportion has no width at 0 and 1; the averaged draws of "random" are no proportion
-        if column == "class_agreement" and np.isin(values, (0, 1)).all():
+        if column == "agreement" and np.isin(values, (0, 1)).all():
             return stats.wilson(values.sum(), len(values))
         return stats.bootstrap(values)
 
@@ -286,13 +303,20 @@ def contrast(effects: pd.DataFrame, a: str, b: str, column: str) -> Interval:
 
 
 def intervention_values(effects: pd.DataFrame, matched: Sequence[int]) -> dict[str, Any]:
-    """What Fig. 5 shows, as numbers: every effect's mean, and the massive channels against each control."""
+    """What Fig. 5 shows, as numbers: every effect's mean, and the massive channels against each control.
+
+    Agreement is compared with the originals too.
+    """
     controls = [name for name in effects["setting"].unique() if name not in ("original", "massive")]
     columns = ("low_error", "high_error", "sharpness_ratio")
     values: dict[str, Any] = summarise(effects)
     values |= {
         f"contrast.{c}.{column}": contrast(effects, "massive", c, column) for c in controls for column in columns
     }
+    if "agreement" in effects:
+        values |= {
+            f"contrast.{c}.agreement": contrast(effects, "massive", c, "agreement") for c in ("original", *controls)
+        }
     return values | {"matched_dims": list(matched)}
 
 
@@ -355,44 +379,34 @@ def guidance_settings(
     }
 
 
-def guidance_values(runs: Mapping[str, GuidedRun], conditions: Sequence[Any] | None) -> dict[str, Any]:
+def guidance_values(runs: Mapping[str, GuidedRun], judge: Judge | None) -> dict[str, Any]:
     """What Fig. 6 and 7 show, as numbers: effects against no guidance, DG's own (alone, beside CFG), and costs."""
-    effects = image_effects({name: run.images for name, run in runs.items()}, "none", conditions)
+    effects = image_effects({name: run.images for name, run in runs.items()}, "none", judge)
     values: dict[str, Any] = summarise(effects)
     values |= {f"{name}.cost": run.cost_ratio for name, run in runs.items()}
     measures = [column for column in effects.columns if column not in ("setting", "image")]
     for name, a, b in (("none", "DG", "none"), ("cfg", "CFG+DG", "CFG")):
         values |= {f"contrast.{name}.{m}": contrast(effects, a, b, m) for m in measures}
-    if conditions is not None:
-        features = {name: np.asarray(fashion_classifier().features(run.images), float) for name, run in runs.items()}
-        values |= {f"{name}.frechet": frechet_to_real(f) for name, f in features.items()}
+    if judge is not None:
+        features = {name: judge.features(run.images) for name, run in runs.items()}
+        values |= {f"{name}.frechet": judge.frechet(f) for name, f in features.items()}
         values |= {
-            f"contrast.{name}.frechet": frechet_change(features[a], features[b])
+            f"contrast.{name}.frechet": frechet_change(judge, features[a], features[b])
             for name, a, b in (("none", "DG", "none"), ("cfg", "CFG+DG", "CFG"))
         }
     return values
 
 
-def frechet_change(a: NDArray[np.float64], b: NDArray[np.float64], resamples: int = 500) -> Interval:
-    """Frechet distance of features `a` to real Fashion-MNIST minus that of the paired features `b`, (N, 64) each.
+def frechet_change(judge: Judge, a: NDArray[np.float64], b: NDArray[np.float64], resamples: int = 500) -> Interval:
+    """The judge's Frechet distance to real images of features `a` minus that of the paired features `b`, (N, F) each.
 
     The interval is a percentile bootstrap over the pairs; both distances carry the same upward bias of N images.
     """
     generator = np.random.default_rng(0)
     draws = [generator.integers(len(a), size=len(a)) for _ in range(resamples)]
-    changes = [frechet_to_real(a[rows]) - frechet_to_real(b[rows]) for rows in draws]
+    changes = [judge.frechet(a[rows]) - judge.frechet(b[rows]) for rows in draws]
     low, high = np.quantile(changes, [0.025, 0.975])
-    return Interval(frechet_to_real(a) - frechet_to_real(b), float(low), float(high))
-
-
-@cache
-def _real_features() -> dict[str, NDArray[Any]]:
-    return load_file(DATA / "reference" / "fashion-mnist.safetensors")
-
-
-def frechet_to_real(features: Any) -> float:
-    """Frechet distance of the shipped classifier's features (N, 64) to those of the Fashion-MNIST training set."""
-    return frechet_distance_to(features, _real_features()["mean"], _real_features()["covariance"])
+    return Interval(judge.frechet(a) - judge.frechet(b), float(low), float(high))
 
 
 def ablation_settings(
@@ -425,14 +439,14 @@ def total_cost(runs: Mapping[str, Mapping[Any, GuidedRun]]) -> int:
     return sum(run.block_evaluations for group in runs.values() for run in group.values())
 
 
-def sweep(runs: Mapping[Any, GuidedRun], baseline: Images, conditions: Sequence[Any] | None) -> pd.DataFrame:
+def sweep(runs: Mapping[Any, GuidedRun], baseline: Images, judge: Judge | None) -> pd.DataFrame:
     """Fig. 8: effects of each run of a sweep against the paired `baseline`.
 
     One row per (key, measure): key is the run's key, then value, low, high.
     """
     rows = []
     for key, guided in runs.items():
-        effects = image_effects({"baseline": baseline, "guided": guided.images}, "baseline", conditions)
+        effects = image_effects({"baseline": baseline, "guided": guided.images}, "baseline", judge)
         for name, interval in summarise(effects[effects["setting"] == "guided"]).items():
             rows.append({"key": key, "measure": name.removeprefix("guided.")} | asdict(interval))
     return pd.DataFrame(rows)
@@ -509,17 +523,16 @@ def table_6(runs: Mapping[tuple[str, int], GuidedRun]) -> pd.DataFrame:
     score with the classifier's probabilities), precision, recall (Kynkaanniemi et al. 2019, k = 3, against the shipped
     sample of real features).
     """
-    classifier = fashion_classifier()
-    rows = []
+    judge, rows = FashionJudge(()), []  # only its features count here, not what was asked for
     for (name, seed), run in runs.items():
-        features = classifier.features(run.images)
-        score = precision_recall(_real_features()["sample"], features)
+        features = judge.features(run.images)
+        score = precision_recall(judge.real_features, features)
         rows.append(
             {
                 "setting": name,
                 "seed": seed,
-                "frechet": frechet_to_real(features),
-                "is": inception_score(classifier(run.images)),
+                "frechet": judge.frechet(features),
+                "is": inception_score(judge.network(run.images)),
                 "precision": score.precision,
                 "recall": score.recall,
             }

@@ -3,6 +3,7 @@
 Every function returns a closed figure, which a cell that ends with the call shows once.
 """
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ COLOURS = sns.color_palette("colorblind")
 MASSIVE, OTHER, ACCENT = COLOURS[3], COLOURS[7], COLOURS[0]
 
 RATIO_TICKS = [1, 2, 3, 5, 10, 20, 50, 100, 200, 500, 1000]
+MILLION_TICKS = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100]
 PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 
 LABELS = {
@@ -30,8 +32,8 @@ LABELS = {
     "high_error": "high-frequency error\n(relative squared)",
     "sharpness_ratio": "sharpness ratio\n(variance of the Laplacian)",
     "high_frequency_change": "change of\nhigh-frequency energy share",
-    "class_agreement": "classifier agrees\nwith the class",
-    "frechet": "Frechet distance\n(64 features)",
+    "agreement": "agreement with\nthe condition",
+    "frechet": "Frechet distance\n(judge's features)",
     "frechet_change": "change of the\nFrechet distance",
     "is": "inception score\n(classifier)",
 }
@@ -170,7 +172,10 @@ def image_rows(rows: Mapping[str, NDArray[np.uint8]], names: Sequence[str] = (),
     """Fig. 5(a), 6, 7, 16: one row of images per setting, paired by column."""
     count = min(count, *(len(images) for images in rows.values()))
     height = WIDTH / (count + 1.6)
-    figure, axes = plt.subplots(len(rows), count, figsize=(WIDTH, height * len(rows) + 0.3), squeeze=False)
+    titles = [textwrap.fill(name, 100 // count) for name in names[:count]]
+    lines = max((title.count("\n") + 1 for title in titles), default=1)
+    size = (WIDTH, height * len(rows) + 0.15 * lines + 0.15)
+    figure, axes = plt.subplots(len(rows), count, figsize=size, squeeze=False)
     for r, (title, images) in enumerate(rows.items()):
         for c in range(count):
             ax = axes[r, c]
@@ -178,8 +183,8 @@ def image_rows(rows: Mapping[str, NDArray[np.uint8]], names: Sequence[str] = (),
             ax.set_xticks([])
             ax.set_yticks([])
             sns.despine(ax=ax, left=True, bottom=True)
-            if r == 0 and len(names) > c:
-                ax.set_title(names[c], fontsize=8)
+            if r == 0 and len(titles) > c:
+                ax.set_title(titles[c], fontsize=8)
         axes[r, 0].set_ylabel(title, rotation=0, ha="right", va="center", fontsize=9)
     figure.subplots_adjust(wspace=0.05, hspace=0.05)
     plt.close(figure)
@@ -262,4 +267,36 @@ def over_training(ratios: pd.DataFrame, threshold: float) -> Figure:
     ax.set(xlabel="training step", ylabel="largest channel / block median", xscale="log", yscale="log")
     ax.yaxis.set(major_locator=FixedLocator(RATIO_TICKS), major_formatter=PLAIN, minor_locator=NullLocator())
     ax.legend(frameon=False, fontsize=8, title="block", bbox_to_anchor=(1, 1), loc="upper left")
+    return _closed(figure)
+
+
+def over_size(history: pd.DataFrame, sizes: pd.DataFrame, threshold: float) -> Figure:
+    """Fig. 3(b) and (c): the largest channel of any block along training, and against the size at equal steps.
+
+    Args:
+        history: columns size, step, ratio, low, high; one row per block (a missing interval is not drawn).
+        sizes: columns size, parameters, step, ratio, low, high; one row per size.
+        threshold: the ratio above which a channel counts as massive.
+    """
+    figure, (along, across) = plt.subplots(1, 2, figsize=(WIDTH, 3.4), sharey=True)
+    for i, (size, parameters, ratio, low, high) in enumerate(
+        sizes[["size", "parameters", "ratio", "low", "high"]].itertuples(index=False)
+    ):
+        colour, snapshots = COLOURS[i], history[history["size"] == size]
+        largest = snapshots.loc[snapshots.groupby("step")["ratio"].idxmax()]
+        along.plot(largest["step"], largest["ratio"], "o-", color=colour, markersize=4, label=f"{size}")
+        along.fill_between(largest["step"], largest["low"], largest["high"], color=colour, alpha=0.25, linewidth=0)
+        millions = parameters / 1e6
+        across.plot([millions, millions], [low, high], color=colour, linewidth=2)
+        across.plot(millions, ratio, "o", color=colour)
+        across.annotate(size, (millions, ratio), xytext=(6, -3), textcoords="offset points", fontsize=9)
+    for ax in (along, across):
+        ax.axhline(threshold, color="black", linestyle="--", linewidth=0.8)
+        ax.set(xscale="log", yscale="log")
+    along.set(xlabel="training step", ylabel="largest channel / block median")
+    along.legend(frameon=False, fontsize=9, title="size", loc="lower right")
+    along.yaxis.set(major_locator=FixedLocator(RATIO_TICKS), major_formatter=PLAIN, minor_locator=NullLocator())
+    across.set(xlabel=f"million parameters (after {sizes['step'].iloc[0]:,} steps)")
+    across.xaxis.set(major_locator=FixedLocator(MILLION_TICKS), major_formatter=PLAIN, minor_locator=NullLocator())
+    across.margins(x=0.15)
     return _closed(figure)

@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
+from dgkit.results import references
 from dgkit.stats import Interval
 
 Values = Mapping[str, Any]
@@ -50,16 +52,24 @@ def layer_properties(v: Values) -> str:
 def timestep_vs_text(v: Values) -> str:
     """Section 4.1 and appendix C: does alpha predict the dims, and is it the timestep that sets the magnitude?"""
     direction = _side(v["trend"], 1.0, "grows", "shrinks")
-    leads = "timestep" if v["share.timestep"].low > v["share.condition"].high else "condition"
-    if v["share.timestep"].low <= v["share.condition"].high and v["share.condition"].low <= v["share.timestep"].high:
+    other, name = _condition_share(v)
+    leads = "timestep" if v["share.timestep"].low > other.high else name
+    if v["share.timestep"].low <= other.high and other.low <= v["share.timestep"].high:
         leads = "neither clearly"
     return (
-        f"At block {v['block']} of {v['model']}, the timestep explains {v['share.timestep']:.2f} and the condition "
-        f"{v['share.condition']:.2f} of the variance of channel {v['dim']}'s magnitude (the larger share: {leads}), "
+        f"At block {v['block']} of {v['model']}, the timestep explains {v['share.timestep']:.2f} and the {name} "
+        f"{other:.2f} of the variance of channel {v['dim']}'s magnitude (the larger share: {leads}), "
         f"which {direction} from noise to image (ratio {v['trend']:.2f}; the paper: grows, by timestep); the residual "
         f"gate's largest channel is z's largest in {v['gates.same_largest']} of {v['gates.count']} gates, with a "
         f"median rank correlation of {v['gates.rank_correlation']:.2f}."
     )
+
+
+def _condition_share(v: Values) -> tuple[Interval, str]:
+    """The condition's share and its name; together with the noise where each condition had one image."""
+    if "share.condition" in v:
+        return v["share.condition"], "condition"
+    return v["share.condition_and_noise"], "condition and noise together"
 
 
 def intervention(v: Values) -> str:
@@ -76,10 +86,10 @@ def intervention(v: Values) -> str:
         f"channels of the same magnitude does ({v['matched.high_error']:.3f}), and makes the images {sharp} (sharpness "
         f"ratio {v['massive.sharpness_ratio']:.2f})"
     )
-    if "massive.class_agreement" in v:
+    if "massive.agreement" in v:
         text += (
-            f"; the classifier sees the class asked for in {v['massive.class_agreement'].value:.0%} of them, against "
-            f"{v['original.class_agreement'].value:.0%} of the originals"
+            f"; the judge finds what was asked for in {v['massive.agreement'].value:.0%} of them, against "
+            f"{v['original.agreement'].value:.0%} of the originals"
         )
     return text + "."
 
@@ -93,11 +103,11 @@ def detail_guidance(v: Values) -> str:
         f"gives {alone} high-frequency energy (share {v['DG.high_frequency_change']:+.4f}) than no guidance, and "
         f"CFG + DG {beside} than CFG ({v['contrast.cfg.high_frequency_change']:+.4f})"
     )
-    if "DG.class_agreement" in v:
+    if "DG.agreement" in v:
         text += (
-            f"; the classifier agrees with the class in {v['none.class_agreement'].value:.0%} without guidance, "
-            f"{v['DG.class_agreement'].value:.0%} with DG, {v['CFG.class_agreement'].value:.0%} with CFG and "
-            f"{v['CFG+DG.class_agreement'].value:.0%} with both, and DG changes the Frechet distance to real images by "
+            f"; the judge finds what was asked for in {v['none.agreement'].value:.0%} without guidance, "
+            f"{v['DG.agreement'].value:.0%} with DG, {v['CFG.agreement'].value:.0%} with CFG and "
+            f"{v['CFG+DG.agreement'].value:.0%} with both, and DG changes the Frechet distance to real images by "
             f"{v['contrast.none.frechet']:+.2f} alone ({v['none.frechet']:.2f} without guidance) and by "
             f"{v['contrast.cfg.frechet']:+.2f} beside CFG ({v['CFG.frechet']:.2f} with CFG)"
         )
@@ -185,11 +195,21 @@ FINDINGS: dict[str, Callable[[Values], str]] = {
 class Part:
     """One part of what the paper claims in a section, and when a model's numbers bear it out.
 
-    `holds` wants the whole interval on the claimed side where there is an interval; None where it was not measured.
+    Attributes:
+        text: the claim.
+        key: the value it rests on; a model without it was not measured.
+        holds: wants the whole interval on the claimed side where there is an interval.
+        numbers: what was measured.
     """
 
     text: str
-    holds: Callable[[Values], bool | None]
+    key: str
+    holds: Callable[[Values], bool]
+    numbers: Callable[[Values], str]
+
+    def outcome(self, values: Values) -> tuple[bool | None, str]:
+        """Whether the part holds, None if it was not measured, and the numbers it rests on."""
+        return (self.holds(values), self.numbers(values)) if self.key in values else (None, "")
 
 
 def verdict(name: str, values: Values) -> tuple[str, list[str]]:
@@ -198,80 +218,161 @@ def verdict(name: str, values: Values) -> tuple[str, list[str]]:
     Returns:
         "reproduced" when every measured part holds, "not reproduced" when none does, else how many of them do.
     """
-    outcomes = [(part.text, part.holds(values)) for part in CLAIMS[name]]
-    measured = [holds for _, holds in outcomes if holds is not None]
+    outcomes = [part.outcome(values) for part in CLAIMS[name]]
+    measured = [holds for holds, _ in outcomes if holds is not None]
     held = sum(measured)
     word = "reproduced" if held == len(measured) else f"{held} of {len(measured)} parts reproduced"
-    words = {True: "holds", False: "does not hold", None: "not measured on this model"}
-    return word if held else "not reproduced", [f"{text}: **{words[holds]}**" for text, holds in outcomes]
+    lines = [
+        f"{part.text}: **{_WORDS[holds]}**{f' ({numbers})' if numbers else ''}"
+        for part, (holds, numbers) in zip(CLAIMS[name], outcomes, strict=True)
+    ]
+    return word if held else "not reproduced", lines
 
 
-def _class_kept(key: str) -> Callable[[Values], bool | None]:
-    return lambda v: v[key].low > -0.05 if key in v else None
+_WORDS = {True: "holds", False: "does not hold", None: "not measured"}
+
+
+def across_models(name: str) -> pd.DataFrame:
+    """What holds of one chapter's claim in the reference run of each model: a row per part, a column per model."""
+    columns = {}
+    for model, record in references(name).items():
+        values = record.decoded()
+        outcomes = [part.outcome(values) for part in CLAIMS[name]]
+        cells = [f"{_WORDS[holds]}: {numbers}" if numbers else _WORDS[holds] for holds, numbers in outcomes]
+        columns[model] = [*cells, verdict(name, values)[0]]
+    return pd.DataFrame(columns, index=[*(part.text for part in CLAIMS[name]), "verdict"])
+
+
+def _kept(text: str, key: str) -> Part:
+    return Part(text, key, lambda v: v[key].low > -0.05, lambda v: f"agreement {v[key]:+.2f}")
+
+
+def _least_at_last(v: Values) -> bool:
+    return bool(np.abs(np.log(v["block.sharpness_ratio"][:, 1])).argmin() == v["blocks"] - 1)
 
 
 CLAIMS: dict[str, list[Part]] = {
     "01_layer_properties": [
-        Part("massive channels in every block", lambda v: v["blocks_with_massive"] == v["blocks"]),
-        Part("at fixed dims (massive in more than half of the blocks)", lambda v: len(v["fixed_dims"]) > 0),
-        Part("in at least 90 % of the image tokens", lambda v: v["largest.token_share"] >= 0.9),
+        Part(
+            "massive channels in every block",
+            "blocks_with_massive",
+            lambda v: v["blocks_with_massive"] == v["blocks"],
+            lambda v: f"{v['blocks_with_massive']} of {v['blocks']} blocks, ratio up to {v['largest.ratio']:.1f}",
+        ),
+        Part(
+            "at fixed dims (massive in more than half of the blocks)",
+            "fixed_dims",
+            lambda v: len(v["fixed_dims"]) > 0,
+            lambda v: _listed(v["fixed_dims"]) if len(v["fixed_dims"]) else "none",
+        ),
+        Part(
+            "in at least 90 % of the image tokens",
+            "largest.token_share",
+            lambda v: v["largest.token_share"] >= 0.9,
+            lambda v: f"the largest in {v['largest.token_share']:.0%}",
+        ),
     ],
     "02_timestep_vs_text": [
         Part(
             "the timestep explains more of the magnitude than the condition",
+            "share.condition",
             lambda v: v["share.timestep"].low > v["share.condition"].high,
+            lambda v: f"{v['share.timestep']:.2f} against {v['share.condition']:.2f}",
         ),
-        Part("the magnitude grows towards the image", lambda v: v["trend"].low > 1),
         Part(
-            "most residual gates peak at z's largest channel", lambda v: 2 * v["gates.same_largest"] > v["gates.count"]
+            "the magnitude grows towards the image",
+            "trend",
+            lambda v: v["trend"].low > 1,
+            lambda v: f"times {v['trend']:.2f}",
+        ),
+        Part(
+            "most residual gates peak at z's largest channel",
+            "gates.same_largest",
+            lambda v: 2 * v["gates.same_largest"] > v["gates.count"],
+            lambda v: f"{v['gates.same_largest']} of {v['gates.count']} gates",
         ),
     ],
     "03_intervention": [
         Part(
             "high spatial frequencies change more than low ones",
+            "massive.high_error",
             lambda v: v["massive.high_error"].low > v["massive.low_error"].high,
+            lambda v: f"error {v['massive.high_error']:.2f} against {v['massive.low_error']:.2f}",
         ),
-        Part("more than with as many random channels", lambda v: v["contrast.random.high_error"].low > 0),
-        Part("images become smoother", lambda v: v["massive.sharpness_ratio"].high < 1),
         Part(
-            "fewer than 5 % of the images lose their class",
-            lambda v: (
-                v["massive.class_agreement"].low > v["original.class_agreement"].value - 0.05
-                if "massive.class_agreement" in v
-                else None
-            ),
+            "more than with as many random channels",
+            "contrast.random.high_error",
+            lambda v: v["contrast.random.high_error"].low > 0,
+            lambda v: f"{v['contrast.random.high_error']:+.2f}",
         ),
+        Part(
+            "images become smoother",
+            "massive.sharpness_ratio",
+            lambda v: v["massive.sharpness_ratio"].high < 1,
+            lambda v: f"sharpness times {v['massive.sharpness_ratio']:.2f}",
+        ),
+        _kept("fewer than 5 % of the images lose what was asked for", "contrast.original.agreement"),
         Part(
             "more than with other channels of the same magnitude (a control that the paper lacks)",
+            "contrast.matched.high_error",
             lambda v: v["contrast.matched.high_error"].low > 0,
+            lambda v: f"{v['contrast.matched.high_error']:+.2f}",
         ),
     ],
     "04_detail_guidance": [
-        Part("DG alone adds high-frequency energy", lambda v: v["DG.high_frequency_change"].low > 0),
-        Part("DG beside CFG adds it too", lambda v: v["contrast.cfg.high_frequency_change"].low > 0),
-        Part("fewer than 5 % of the images lose their class by DG alone", _class_kept("contrast.none.class_agreement")),
-        Part("nor by DG beside CFG", _class_kept("contrast.cfg.class_agreement")),
+        Part(
+            "DG alone adds high-frequency energy",
+            "DG.high_frequency_change",
+            lambda v: v["DG.high_frequency_change"].low > 0,
+            lambda v: f"share {v['DG.high_frequency_change']:+.4f}",
+        ),
+        Part(
+            "DG beside CFG adds it too",
+            "contrast.cfg.high_frequency_change",
+            lambda v: v["contrast.cfg.high_frequency_change"].low > 0,
+            lambda v: f"share {v['contrast.cfg.high_frequency_change']:+.4f}",
+        ),
+        _kept("fewer than 5 % of the images lose what was asked for by DG alone", "contrast.none.agreement"),
+        _kept("nor by DG beside CFG", "contrast.cfg.agreement"),
         Part(
             "DG alone brings the images closer to real ones (Frechet distance)",
-            lambda v: v["contrast.none.frechet"].high < 0 if "contrast.none.frechet" in v else None,
+            "contrast.none.frechet",
+            lambda v: v["contrast.none.frechet"].high < 0,
+            lambda v: f"{v['contrast.none.frechet']:+.2f}, from {v['none.frechet']:.2f}",
         ),
         Part(
             "and so does DG beside CFG",
-            lambda v: v["contrast.cfg.frechet"].high < 0 if "contrast.cfg.frechet" in v else None,
+            "contrast.cfg.frechet",
+            lambda v: v["contrast.cfg.frechet"].high < 0,
+            lambda v: f"{v['contrast.cfg.frechet']:+.2f}, from {v['CFG.frechet']:.2f}",
         ),
     ],
     "05_ablations": [
-        Part("DG acts most strongly at an intermediate block", lambda v: 0 < v["block.strongest"] < v["blocks"] - 1),
+        Part(
+            "DG acts most strongly at an intermediate block",
+            "block.strongest",
+            lambda v: 0 < v["block.strongest"] < v["blocks"] - 1,
+            lambda v: f"block {v['block.strongest']} of 0 to {v['blocks'] - 1}",
+        ),
         Part(
             "and least at the last",
-            lambda v: bool(np.abs(np.log(v["block.sharpness_ratio"][:, 1])).argmin() == v["blocks"] - 1),
+            "block.last_ratio",
+            _least_at_last,
+            lambda v: f"sharpness times {v['block.last_ratio']:.2f} there",
         ),
     ],
     "06_imagenet": [
         Part(
             "DG lowers the unconditional Frechet distance, in every seed block",
+            "uncond.frechet_change",
             lambda v: v["uncond.frechet_change"].high < 0,
+            lambda v: f"{v['uncond.frechet_change']:+.2f}",
         ),
-        Part("and the conditional one", lambda v: v["cond.frechet_change"].high < 0),
+        Part(
+            "and the conditional one",
+            "cond.frechet_change",
+            lambda v: v["cond.frechet_change"].high < 0,
+            lambda v: f"{v['cond.frechet_change']:+.2f}",
+        ),
     ],
 }

@@ -11,17 +11,21 @@ from numpy.typing import NDArray
 from dgkit.anatomy import pipeline_row
 from dgkit.errors import DgkitError
 from dgkit.paths import DATA
+from dgkit.zoo import row_of
 
 
 def own_conditions(pipe: Any, count: int) -> list[Any]:
     """The first `count` of the model's own conditions, again from the start when they run out.
 
-    Class-conditional pipelines go through their classes, text pipelines through `data/prompts/offline.txt`.
+    Class-conditional pipelines go through their classes, text pipelines through the captions of their own training
+    data, `data/prompts/DATA.txt`, or through `data/prompts/offline.txt`.
     """
     if pipeline_row(pipe).condition == "class_labels":
         known: list[Any] = sorted(set(pipe.labels.values())) or list(range(pipe.transformer.config.num_embeds_ada_norm))
     else:
-        known = (DATA / "prompts" / "offline.txt").read_text().splitlines()
+        model = row_of(pipe)
+        name = model.data if model and model.data else "offline"
+        known = (DATA / "prompts" / f"{name}.txt").read_text().splitlines()
     return [known[i % len(known)] for i in range(count)]
 
 
@@ -46,13 +50,14 @@ def generate(
         num_inference_steps: sampling steps.
         guidance_scale: s of u + s (c - u); 1 for no CFG. For Flux it is the `true_cfg_scale`.
         batch_size: images per call of the pipeline.
-        call: further arguments of the pipeline's call.
+        call: further arguments of the pipeline's call; those that the model always needs (`zoo.Model.call`) are added.
 
     Raises:
         DgkitError: no conditions, as many seeds as conditions are not given, or a number out of range.
         ModelError: an unknown pipeline class.
     """
-    row = pipeline_row(pipe)
+    row, model = pipeline_row(pipe), row_of(pipe)
+    call = dict(model.call if model else {}) | call
     if isinstance(conditions, str) or len(conditions) == 0 or len(conditions) != len(seeds):
         raise DgkitError(f"give one seed per condition, got {len(conditions)} conditions and {len(seeds)} seeds")
     for name, value in (("num_inference_steps", num_inference_steps), ("batch_size", batch_size)):

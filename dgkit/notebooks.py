@@ -65,7 +65,7 @@ def execute(name: str, parameters: dict[str, Any], output: Path | None = None, p
     if unknown:
         raise DgkitError(f"notebook {name!r} has no parameter {', '.join(unknown)}: it has {', '.join(known)}")
     if output is None:
-        model = parameters["model"] if "model" in parameters else ast.literal_eval(known["model"]["default"])
+        model = parameters["model"] if "model" in parameters else _default_model(source)
         runs = build_dir() / "runs"
         candidates = (runs / f"{name}-{safe_name(model)}-{number}" for number in count(1))
         output = next(folder for folder in candidates if not folder.exists())
@@ -136,8 +136,12 @@ def parse_parameter(text: str) -> tuple[str, Any]:
         raise DgkitError(f"-p {text} is not allowed: a value in brackets is a JSON list ({error})") from error
 
 
-def reference_parameters(name: str) -> dict[str, Any]:
+def reference_parameters(name: str, model: str | None = None) -> dict[str, Any]:
     """The parameters of a notebook's reference run, from `notebooks/reference.toml`.
+
+    Args:
+        name: A key of `NOTEBOOKS`.
+        model: The model it runs on, the notebook's default if None; the table [name.model] is laid over [name].
 
     Raises:
         DgkitError: `name` is unknown or the file has no such table.
@@ -146,7 +150,12 @@ def reference_parameters(name: str) -> dict[str, Any]:
     table = tomllib.loads(path.read_text())
     if name not in table:
         raise DgkitError(f"{path} has no table [{name}]")
-    return table[name]
+    own = table[name].get(model or _default_model(path.with_name(NOTEBOOKS[name])), {})
+    return {key: value for key, value in table[name].items() if not isinstance(value, dict)} | own
+
+
+def _default_model(source: Path) -> str:
+    return ast.literal_eval(papermill.inspect_notebook(_literal(source))["model"]["default"])
 
 
 def _source(name: str) -> Path:

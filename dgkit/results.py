@@ -104,18 +104,23 @@ class Result:
     def glue(self) -> None:
         """Show the numbers to the book under their keys (`{glue:text}` in a page); nothing visible in the notebook.
 
-        Reference numbers, where there are any, go under "reference.KEY", with "reference.verdict". Arrays are left out.
+        Reference numbers, where there are any, go under "reference.KEY", and the verdict on each embedded model under
+        "verdict.MODEL". Arrays are left out.
         """
         from IPython.display import display
 
         from dgkit.findings import verdict
+        from dgkit.zoo import MODELS
 
         glued = dict(self.values)
         reference = reference_of(self.name, self.parameters["model"])
         if reference is not None:
             measured = reference.decoded()
             glued |= {f"reference.{key}": value for key, value in measured.items()}
-            glued["reference.verdict"] = verdict(self.name, measured)[0]
+        others = references(self.name)
+        for model in (name for name, row in MODELS.items() if row.source is None):
+            found = others.get(model)
+            glued[f"verdict.{model}"] = verdict(self.name, found.decoded())[0] if found else "not run"
         for key, value in glued.items():
             if not isinstance(value, list | np.ndarray):
                 # what myst_nb.glue writes, without making Sphinx a dependency of every notebook
@@ -186,6 +191,16 @@ def reference_of(name: str, model: str) -> Record | None:
     """The reference run of result `name` on `model`, if there is one."""
     path = REFERENCE / safe_name(model) / f"{safe_name(name)}.json"
     return _read(path) if path.is_file() else None
+
+
+def references(name: str) -> dict[str, Record]:
+    """The reference runs of result `name` by model, those of the zoo first and in its order."""
+    from dgkit.zoo import MODELS
+
+    measured = {path.parent.name: _read(path) for path in sorted(REFERENCE.glob(f"*/{safe_name(name)}.json"))}
+    known = {safe_name(model): model for model in MODELS}
+    ordered = [folder for folder in known if folder in measured]
+    return {known.get(folder, folder): measured[folder] for folder in dict.fromkeys([*ordered, *measured])}
 
 
 def safe_name(text: str) -> str:

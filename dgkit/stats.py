@@ -105,21 +105,26 @@ def wilson(wins: float, n: int) -> Interval:
     return Interval(float(share), max(0.0, float(centre - half)), min(1.0, float(centre + half)))
 
 
-def variance_explained(values: ArrayLike, labels: ArrayLike | None = None) -> dict[str, Interval]:
-    """Shares of the variance of a table that timestep and condition explain (eta squared; they add to 1).
+def variance_explained(
+    values: ArrayLike, labels: ArrayLike | None = None, *, sampled_labels: bool = False
+) -> dict[str, Interval]:
+    """Shares of the variance of a table that timestep and condition explain (they add to 1).
 
     Two-way analysis of variance without replication: the total sum of squares is split into the part of the timestep
-    means, the part of the image means and the rest. With labels the image part is split further into the part of the
-    class means and that of the images within their class. The shares describe these images: with few images in a class
-    the class share contains chance, (classes - 1) / (images - 1) of the image part if classes meant nothing.
+    means, the part of the image means and the rest (eta squared). With labels the image part is split further into the
+    part of the class means and that of the images within their class; what class means differ by from chance alone,
+    (classes - 1) times the mean square within classes, is counted with the latter (epsilon squared, Kelley 1935), so
+    the class share is 0 on average, and may be below it, if classes mean nothing.
 
     Args:
         values: One row per image, one column per timestep (images, timesteps).
         labels: Class of each image (images,).
+        sampled_labels: Whether the labels are a sample, as captions are, so that intervals are over labels with all
+            their images; else over images within their class.
 
     Returns:
         "timestep", "image", "residual", or with labels "timestep", "class", "image" (within class), "residual"; each
-        with a bootstrap interval over images (within classes if there are labels).
+        with a bootstrap interval over images, or as by `sampled_labels`.
 
     Raises:
         DgkitError: fewer than two images or timesteps, values that are not finite or all equal, labels of another
@@ -147,16 +152,24 @@ def variance_explained(values: ArrayLike, labels: ArrayLike | None = None) -> di
     generator = np.random.default_rng(0)
     draws = np.zeros((1 + RESAMPLES, images))
     draws[0] = 1
-    for member in members:
-        draws[1:, member] = generator.multinomial(member.sum(), np.full(member.sum(), 1 / member.sum()), RESAMPLES)
+    classes = len(members)
+    if sampled_labels and labels is not None:
+        draws[1:] = generator.multinomial(classes, np.full(classes, 1 / classes), RESAMPLES)[:, groups]
+    else:
+        for member in members:
+            draws[1:, member] = generator.multinomial(member.sum(), np.full(member.sum(), 1 / member.sum()), RESAMPLES)
 
     image_means = table.mean(axis=1)
-    mean = draws @ image_means / images
-    class_means = draws @ (members * image_means).T / members.sum(axis=1)
-    total = draws @ (table**2).sum(axis=1) - images * timesteps * mean**2
-    by_timestep = images * (((draws @ table) / images) ** 2).sum(axis=1) - images * timesteps * mean**2
-    by_class = timesteps * ((class_means**2) @ members.sum(axis=1) - images * mean**2)
-    by_image = timesteps * (draws @ image_means**2 - images * mean**2) - by_class
+    drawn = draws.sum(axis=1)  # images; resampled classes may differ in size
+    mean = draws @ image_means / drawn
+    total = draws @ (table**2).sum(axis=1) - drawn * timesteps * mean**2
+    by_timestep = ((draws @ table) ** 2).sum(axis=1) / drawn - drawn * timesteps * mean**2
+    sizes = np.maximum(draws @ members.T, 1)
+    by_class = timesteps * (((draws @ (members * image_means).T) ** 2 / sizes).sum(axis=1) - drawn * mean**2)
+    by_image = timesteps * (draws @ image_means**2 - drawn * mean**2) - by_class
+    if labels is not None:
+        chance = (classes - 1) / (drawn - classes) * by_image
+        by_class, by_image = by_class - chance, by_image + chance
     parts = {"timestep": by_timestep, "image": by_image, "residual": total - by_timestep - by_class - by_image}
     if labels is not None:
         parts = {"timestep": by_timestep, "class": by_class, **parts}

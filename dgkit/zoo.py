@@ -2,9 +2,9 @@
 
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,8 @@ class Model:
         licence: licence of the weights.
         weights_gb: size of all weights in bfloat16, text encoders included.
         preset: see `Preset`.
+        data: what a model of this project was trained on: "fashion-mnist", "dungeon-tiles", or "".
+        call: arguments that every call of the pipeline needs, where its own defaults are those of large models.
     """
 
     source: str | None
@@ -62,12 +64,25 @@ class Model:
     licence: str
     weights_gb: float
     preset: Preset
+    data: str = ""
+    call: Mapping[str, Any] = field(default_factory=dict)
 
 
 MODELS: dict[str, Model] = {
     "tiny-dit": Model(
         None, "DiTPipeline", "DiTTransformer2DModel", 8, 128, "MIT", 0.01,
         Preset(2, (7, 83), 0.1, 0.2, 4.0, 20, "dims by detect_massive, w by the calibration in the model card"),
+        data="fashion-mnist",
+    ),
+    "tiny-sd3": Model(
+        None, "StableDiffusion3Pipeline", "SD3Transformer2DModel", 8, 96, "MIT", 0.01,
+        Preset(None, None, None, None, 4.0, 20, "dims by detect_massive, w by the calibration in the model card"),
+        data="dungeon-tiles", call={"max_sequence_length": 16},
+    ),
+    "tiny-flux": Model(
+        None, "FluxPipeline", "FluxTransformer2DModel", 8, 96, "MIT", 0.01,
+        Preset(None, None, None, None, 4.0, 20, "dims by detect_massive, w by the calibration in the model card"),
+        data="dungeon-tiles", call={"max_sequence_length": 16, "height": 32, "width": 32},
     ),
     "sd3": Model(
         "stabilityai/stable-diffusion-3-medium-diffusers", "StableDiffusion3Pipeline", "SD3Transformer2DModel",
@@ -148,8 +163,14 @@ def _quiet() -> Iterator[None]:
             diffusers_logging.enable_progress_bar()
 
 
-def preset_of(target: Any) -> Preset | None:
-    """The preset of the model that a pipeline, transformer or anatomy is, known by its class, depth and width."""
+def row_of(target: Any) -> Model | None:
+    """The row of the model that a pipeline, transformer or anatomy is, known by its class, depth and width."""
     anatomy = target if isinstance(target, Anatomy) else dissect(target)
     shape = (type(anatomy.model).__name__, len(anatomy.blocks), anatomy.channels)
-    return next((m.preset for m in MODELS.values() if (m.transformer, m.blocks, m.channels) == shape), None)
+    return next((m for m in MODELS.values() if (m.transformer, m.blocks, m.channels) == shape), None)
+
+
+def preset_of(target: Any) -> Preset | None:
+    """The preset of the model that a pipeline, transformer or anatomy is, if it has a row."""
+    row = row_of(target)
+    return row.preset if row else None

@@ -29,9 +29,12 @@ def test_run_passes_parameters(executed, capsys):
 
 
 def test_reference_run_starts_from_its_parameters(executed, monkeypatch):
-    monkeypatch.setattr(notebooks, "reference_parameters", lambda name: {"num_samples": 256, "seed": 1})
-    assert cli.main(["run", "intervention", "--reference", "-p", "seed=2"]) == 0
-    assert executed == [("intervention", {"num_samples": 256, "seed": 2}, paths.build_dir() / "reference")]
+    monkeypatch.setattr(
+        notebooks, "reference_parameters", lambda name, model: {"num_samples": 256, "seed": 1} if model == "m" else {}
+    )
+    assert cli.main(["run", "intervention", "--reference", "--model", "m", "-p", "seed=2"]) == 0
+    expected = {"num_samples": 256, "seed": 2, "model": "m"}
+    assert executed == [("intervention", expected, paths.build_dir() / "reference")]
 
 
 @pytest.mark.parametrize("arguments", [["run", "nonsense"], ["run", "nonsense", "--reference"], ["tiny", "train", "x"]])

@@ -21,6 +21,7 @@ from dgkit.experiments import GuidedRun, Setting
 from dgkit.generate import generate
 from dgkit.massive import Massive
 from dgkit.metrics.classifier import fashion_classifier
+from dgkit.metrics.judges import FashionJudge, Judge
 from dgkit.metrics.spectrum import sharpness
 from dgkit.paths import DATA
 from dgkit.stats import Interval
@@ -93,9 +94,22 @@ def test_condition_names(pipe):
     assert experiments.condition_names(synonyms, [9]) == ["ankle boot"]
 
 
-def test_only_fashion_mnist_is_judged_by_its_classifier(pipe, run):
-    assert experiments.fashion_conditions(pipe, run) == run.conditions
-    assert experiments.fashion_conditions(tiny_models.pipeline("dit"), run) is None
+def test_each_condition_as_often_as_asked_in_turn(pipe):
+    run = experiments.samples(pipe, 6, seed=1, steps=4, each=3)
+    assert run.conditions == [0, 1, 0, 1, 0, 1] and len(set(run.seeds)) == 6
+    # ten classes, four times each: the same as without `each`
+    assert experiments.samples(pipe, 40, seed=1, steps=4, each=4) == experiments.samples(pipe, 40, seed=1, steps=4)
+
+
+@pytest.mark.parametrize("each", [0, -2, 2.0, True, None])
+def test_a_bad_number_of_images_per_condition_is_refused(pipe, each):
+    with pytest.raises(DgkitError, match="images_per_condition=.* is not allowed: give an integer, 1 or above"):
+        experiments.samples(pipe, 8, seed=0, steps=1, each=each)
+
+
+def test_images_per_condition_divide_the_number_of_samples(pipe):
+    with pytest.raises(DgkitError, match="images_per_condition=3 is not allowed: give a divisor of num_samples=8"):
+        experiments.samples(pipe, 8, seed=0, steps=1, each=3)
 
 
 # The subject ----------------------------------------------------------------------------------------------------------
@@ -212,7 +226,7 @@ CONDITIONS = [0, 0, 1, 1, 2, 2]
         (0 * TIME + CLASS, {"timestep": 0, "class": 1, "image": 0, "residual": 0}),
         # variances 14/9 of (1, 2, 4) and 26/9 of (1, 2, 5)
         (TIME + CLASS, {"timestep": 14 / 40, "class": 26 / 40, "image": 0, "residual": 0}),
-        (0 * TIME + np.array([1, 2, 1, 2, 1, 2]), {"timestep": 0, "class": 0, "image": 1, "residual": 0}),
+        (0 * TIME + np.array([1, 2, 1, 2, 1, 2]), {"timestep": 0, "class": -2 / 3, "image": 5 / 3, "residual": 0}),
     ],
 )
 def test_timestep_shares_of_constructed_values(values, expected, dim):
@@ -241,8 +255,10 @@ def test_timestep_values():
     assert values["gates.rank_correlation"] == pytest.approx(0.8)
     shares = experiments.timestep_shares(trace, CONDITIONS, block=1)[7]
     assert values["share.timestep"] == shares["timestep"] and values["share.condition"] == shares["class"]
+    assert "share.condition_and_noise" not in values
     alone = experiments.timestep_values(trace, list(range(6)), block=1)
-    assert alone["share.condition"].value == pytest.approx(shares["class"].value + shares["image"].value)
+    together = shares["class"].value + shares["image"].value
+    assert alone["share.condition_and_noise"].value == pytest.approx(together) and "share.condition" not in alone
 
 
 def test_tracked_values_are_those_of_a_hand_hook(pipe, run):
@@ -414,13 +430,41 @@ def test_random_draws_are_averaged_per_image():
     assert drawn["sharpness_ratio"].to_numpy() == pytest.approx(1 - lost * sharp / sharp.mean())
 
 
+class WhiteJudge(Judge):
+    """Finds what was asked for where an image's first value is the condition; its features are the means of three
+    parts of the image, those of real images standard normal."""
+
+    data = "white"
+    network = None
+
+    def agreement(self, images):
+        return images[:, 0, 0, 0] == self.conditions
+
+    def features(self, images):
+        return np.stack([part.mean((1, 2, 3)) for part in np.array_split(images.astype(float), 3, axis=1)], axis=1)
+
+    def frechet(self, features):  # to a standard normal, with scipy
+        covariance = np.cov(np.asarray(features).T)
+        root = sqrtm(covariance + 1e-12 * np.eye(3)).real
+        return (features.mean(0) ** 2).sum() + np.trace(covariance + np.eye(3) - 2 * root)
+
+
+def test_agreement_is_the_judges():
+    images = random_images(5)
+    judge = WhiteJudge([*images[:3, 0, 0, 0], 1, 3])  # odd values do not occur
+    effects = experiments.image_effects({"original": images, "black": np.zeros_like(images)}, "original", judge)
+    black = [float(c == 0) for c in judge.conditions]
+    assert effects["agreement"].tolist() == [1, 1, 1, 0, 0, *black]
+    assert "agreement" not in experiments.image_effects({"original": images}, "original")
+
+
 def test_class_agreement_is_the_classifiers():
     images = random_images(6)
     seen = np.asarray(fashion_classifier()(images)).argmax(1)
     asked = [int(c) for c in seen]
     asked[2] = (asked[2] + 1) % 10
-    effects = experiments.image_effects({"original": images}, "original", asked)
-    assert effects["class_agreement"].tolist() == [1, 1, 0, 1, 1, 1]
+    effects = experiments.image_effects({"original": images}, "original", FashionJudge(asked))
+    assert effects["agreement"].tolist() == [1, 1, 0, 1, 1, 1]
 
 
 def test_summary_and_contrast_by_hand():
@@ -520,6 +564,24 @@ def test_guidance_values():
     assert values["none.sharpness_ratio"] == Interval(1.0, 1.0, 1.0)
     assert values["contrast.cfg.sharpness_ratio"].value == pytest.approx(1 - 0)
     assert values["contrast.cfg.high_error"].value == pytest.approx(0 - 1)
+
+
+def test_guidance_values_of_a_judge():
+    """Any judge's agreement and distances, paired with what each is compared with."""
+    images = random_images(6)
+    runs = {"none": images, "DG": halved(images), "CFG": images // 4, "CFG+DG": images.copy()}
+    judge = WhiteJudge([*images[:4, 0, 0, 0], 1, 1])
+    values = experiments.guidance_values({name: GuidedRun(batch) for name, batch in runs.items()}, judge)
+    assert values["none.agreement"].value == pytest.approx(4 / 6)
+    distance = {name: judge.frechet(judge.features(batch)) for name, batch in runs.items()}
+    assert {name: values[f"{name}.frechet"] for name in runs} == pytest.approx(distance)
+    assert values["contrast.none.frechet"].value == pytest.approx(distance["DG"] - distance["none"])
+    assert values["contrast.cfg.frechet"].value == pytest.approx(distance["CFG+DG"] - distance["CFG"])
+    assert values["contrast.none.agreement"].value == pytest.approx(
+        (halved(images)[:, 0, 0, 0] == judge.conditions).mean() - 4 / 6
+    )
+    assert not [name for name in experiments.guidance_values({n: GuidedRun(b) for n, b in runs.items()}, None)
+                if "agreement" in name or "frechet" in name]  # fmt: skip
 
 
 def test_ablation_settings(pipe):
@@ -707,13 +769,13 @@ def test_frechet_change_against_the_distances_themselves():
     near = real["mean"] + rng.normal(size=(200, 64)) @ spread.T
     far = near + 0.5  # the same spread, so only |shift|^2 differs
     shift = lambda x: ((x.mean(0) - real["mean"]) ** 2).sum()  # noqa: E731
-    change = experiments.frechet_change(far, near, resamples=50)
+    change = experiments.frechet_change(FashionJudge(()), far, near, resamples=50)
     assert change.value == pytest.approx(shift(far) - shift(near), rel=1e-6)
     assert change.low < change.value < change.high and change.low > 0
-    assert experiments.frechet_change(near, near, resamples=20) == Interval(0.0, 0.0, 0.0)
+    assert experiments.frechet_change(FashionJudge(()), near, near, resamples=20) == Interval(0.0, 0.0, 0.0)
 
 
 def test_summaries_of_proportions_have_wilsons_interval():
-    effects = pd.DataFrame({"setting": ["a"] * 10, "image": range(10), "class_agreement": [1.0] * 10})
-    interval = experiments.summarise(effects)["a.class_agreement"]
+    effects = pd.DataFrame({"setting": ["a"] * 10, "image": range(10), "agreement": [1.0] * 10})
+    interval = experiments.summarise(effects)["a.agreement"]
     assert interval.low == pytest.approx(10 / (10 + 1.959964**2)) and interval.high == pytest.approx(1)

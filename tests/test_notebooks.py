@@ -11,6 +11,7 @@ import pytest
 
 from dgkit import notebooks
 from dgkit.errors import DgkitError
+from dgkit.zoo import MODELS
 
 MEASURE = """
 import json, os, pathlib
@@ -43,7 +44,9 @@ def folder(tmp_path, monkeypatch):
     folder.mkdir()
     write_notebook(folder / "01_demo.ipynb", MEASURE)
     write_notebook(folder / "02_failing.ipynb", MEASURE, "raise ValueError('num_samples is odd')")
-    (folder / "reference.toml").write_text("[demo]\nnum_samples = 64\n")
+    (folder / "reference.toml").write_text(
+        "[demo]\nnum_samples = 64\n[demo.other]\nnum_samples = 128\nseed = 1\n[demo.tiny-dit]\nseed = 7\n"
+    )
     monkeypatch.setattr(notebooks, "FOLDER", folder)
     monkeypatch.setattr(notebooks, "NOTEBOOKS", {"demo": "01_demo.ipynb", "failing": "02_failing.ipynb"})
     monkeypatch.setattr(notebooks, "build_dir", lambda: tmp_path / "_build")
@@ -161,7 +164,9 @@ def test_malformed_parameters_are_errors(text):
 
 
 def test_reference_parameters(folder):
-    assert notebooks.reference_parameters("demo") == {"num_samples": 64}
+    assert notebooks.reference_parameters("demo") == {"num_samples": 64, "seed": 7}  # the notebook's default model
+    assert notebooks.reference_parameters("demo", "other") == {"num_samples": 128, "seed": 1}
+    assert notebooks.reference_parameters("demo", "a third") == {"num_samples": 64}
     with pytest.raises(DgkitError, match=r"\[failing\]"):
         notebooks.reference_parameters("failing")
 
@@ -169,4 +174,5 @@ def test_reference_parameters(folder):
 @pytest.mark.parametrize("name", notebooks.NOTEBOOKS)
 def test_reference_runs_set_parameters_that_the_notebooks_have(name):
     known = papermill.inspect_notebook(notebooks.FOLDER / notebooks.NOTEBOOKS[name])
-    assert notebooks.reference_parameters(name).keys() <= known.keys()
+    for model in (None, *MODELS):
+        assert notebooks.reference_parameters(name, model).keys() <= known.keys()

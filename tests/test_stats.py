@@ -97,6 +97,9 @@ def shares_by_loops(table, labels):
             parts["image"] += (row.mean() - class_mean) ** 2
             parts["residual"] += (value - timestep_mean - row.mean() + grand) ** 2
     total = ((table - grand) ** 2).sum()
+    classes = len(np.unique(labels))
+    chance = (classes - 1) * parts["image"] / (len(table) - classes)  # (classes - 1) x the mean square within classes
+    parts["class"], parts["image"] = parts["class"] - chance, parts["image"] + chance
     return {name: part / total for name, part in parts.items()}
 
 
@@ -116,6 +119,34 @@ def test_class_shares_and_their_intervals_are_those_of_written_out_resamples(mon
     for name, share in shares.items():
         low, high = np.quantile([shares[name] for shares in resampled], [0.025, 0.975])
         assert (share.low, share.high) == pytest.approx((low, high), abs=0.03)
+
+
+def test_intervals_over_sampled_labels_are_those_of_written_out_resamples():
+    generator = np.random.default_rng(5)
+    labels = np.repeat(np.arange(12), 2)
+    effect = generator.normal(0, 1, 12)[labels][:, None]
+    table = effect + generator.normal(0, 1, (24, 1)) + np.arange(4) + generator.normal(0, 1, (24, 4))
+    shares = variance_explained(table, labels, sampled_labels=True)
+    assert {name: share.value for name, share in shares.items()} == pytest.approx(shares_by_loops(table, labels))
+    resampled = []
+    for _ in range(1000):
+        drawn = generator.integers(12, size=12)
+        rows = np.concatenate([np.flatnonzero(labels == label) for label in drawn])
+        resampled.append(shares_by_loops(table[rows], np.repeat(np.arange(12), 2)))
+    for name, share in shares.items():
+        low, high = np.quantile([shares[name] for shares in resampled], [0.025, 0.975])
+        assert (share.low, share.high) == pytest.approx((low, high), abs=0.03)
+
+
+def test_classes_that_mean_nothing_explain_nothing_on_average():
+    generator = np.random.default_rng(6)
+    shares = [
+        variance_explained(generator.normal(size=(40, 1)) + np.arange(3) + 0.0, np.repeat(np.arange(20), 2))["class"]
+        for _ in range(60)
+    ]
+    values = np.array([share.value for share in shares])
+    assert abs(values.mean()) < 3 * values.std() / len(values) ** 0.5
+    assert (values < 0).any()
 
 
 def test_without_labels_the_image_share_is_class_and_image_together():

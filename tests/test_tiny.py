@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from dgkit import tiny
 from dgkit.errors import DataError, DgkitError, LoadError
-from dgkit.tiny import classifier, data, dit, loop, quality
+from dgkit.metrics.judges import FashionJudge
+from dgkit.tiny import classifier, data, dit, loop, measuring, quality
 from dgkit.tiny.loop import Schedule
-from dgkit.zoo import Preset
 
 SCHEDULE = Schedule(steps=10, batch=4, lr=1e-2, warmup=3, ema=0.9, seed=1)
 
@@ -306,7 +306,7 @@ def test_the_whole_recipe_of_tiny_dit_resumes_at_each_stage_and_is_measured(
 
     monkeypatch.setattr(quality, "SAMPLES", 20)
     monkeypatch.setattr(quality, "load_classifier", lambda: classifier.FashionClassifier().eval())
-    monkeypatch.setattr(quality, "preset_of", lambda pipe: Preset(0, (1,), None, None, 2.0, 2, "this test"))
+    monkeypatch.setattr(measuring, "judge_of", lambda pipe, labels: FashionJudge(labels))
     monkeypatch.setattr(quality, "CALIBRATION_SAMPLES", 10)
     monkeypatch.setattr(quality, "CALIBRATION_GRID", (0.0, 0.5))
     measured = quality.measure(tmp_path, guidance_scale=2.0, steps=2)
@@ -336,12 +336,6 @@ def test_an_unknown_recipe_is_an_error(name: str, tmp_path: Path) -> None:
     with pytest.raises(DgkitError, match="'tiny-dit', 'fashion-classifier'"):
         tiny.train(name, tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("measure", [quality.measure, quality.measure_classifier])
-def test_measuring_an_unfinished_run_is_an_error(measure: Any, tmp_path: Path) -> None:
-    with pytest.raises(LoadError, match="is not allowed"):
-        measure(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------------ measuring

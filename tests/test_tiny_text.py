@@ -22,8 +22,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dgkit import tiny
+from dgkit import tiny, zoo
 from dgkit.errors import DataError
+from dgkit.generate import generate
 from dgkit.tiny import autoencoder, data, flow, loop, text, tiles
 from dgkit.tiny.loop import Schedule
 from dgkit.tiny.tiles import Caption, Tiles
@@ -528,3 +529,17 @@ def test_the_whole_recipe_makes_a_pipeline_that_plain_diffusers_loads(
     )
     assert plain.stdout.split("\n")[-2] == f"{images.shape} {hashlib.sha256(images.tobytes()).hexdigest()}"
     assert images.shape == (1, 32, 32, 3)
+
+
+def test_generate_adds_what_the_models_calls_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = quiet(trained_like("tiny-flux").pipeline(small_vae()))
+    once = functools.partial(generate, pipe, ["red"], [0], num_inference_steps=1)
+    needed = flow.Flux.call
+    preset = zoo.Preset(None, None, None, None, 4.0, 20, "test")
+    row = zoo.Model(None, "FluxPipeline", "FluxTransformer2DModel", 4, 16, "none", 1.0, preset, call=needed)
+    assert zoo.row_of(pipe) is None
+    by_hand = once(**needed)
+    monkeypatch.setitem(zoo.MODELS, "small", row)
+    assert zoo.row_of(pipe) is row and zoo.row_of(pipe.transformer) is row
+    assert np.array_equal(once(), by_hand)
+    assert once(height=16).shape == (1, 16, 32, 3)  # what the caller says wins

@@ -10,6 +10,7 @@ import dgkit
 from dgkit import paper, zoo
 from dgkit.errors import DgkitError, LoadError
 from dgkit.generate import generate
+from dgkit.tiny.flow import FAMILIES
 from tests.tiny_models import build, pipeline, sample
 
 
@@ -53,6 +54,11 @@ def test_a_users_own_pipeline_is_recognised_by_its_shape(monkeypatch: pytest.Mon
         alone = sample(pipe, "sd3")
     with dgkit.detail_guidance(pipe, scale=1.5, block=1, dims=[2, 3]):
         assert torch.equal(sample(pipe, "sd3"), alone)
+
+
+def test_the_calls_of_embedded_models_are_those_they_were_trained_for() -> None:
+    for name, family in FAMILIES.items():
+        assert zoo.MODELS[name].call == family.call
 
 
 def test_flux_needs_the_scale_because_its_first_call_cannot_know_of_cfg(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -479,7 +479,8 @@ class CFGZeroStar(Combining):
         if self.zero_steps and now.step.index < self.zero_steps:
             return torch.zeros_like(c)
         axes = tuple(range(1, c.ndim))
-        u = (c * u).sum(axes, keepdim=True) / (u * u).sum(axes, keepdim=True) * u
+        square = (u * u).sum(axes, keepdim=True).clamp_min(torch.finfo(u.dtype).tiny)  # u may be zero everywhere
+        u = (c * u).sum(axes, keepdim=True) / square * u
         return u + self.weight(now, True) * (c - u)
 
 

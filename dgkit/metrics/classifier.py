@@ -1,5 +1,6 @@
 """Scores from a classifier's logits, and the shipped Fashion-MNIST classifier."""
 
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -51,6 +52,7 @@ def agreement(logits: Any, labels: Any) -> NDArray[np.bool_]:
     return table.argmax(axis=1) == classes
 
 
+@cache
 def fashion_classifier() -> "FashionClassifier":
     """The shipped Fashion-MNIST classifier: logits (N, 10) of uint8 images, and their 64 penultimate `.features`.
 

@@ -11,7 +11,8 @@ import torch
 from diffusers import AutoencoderKL
 
 from dgkit.errors import DgkitError
-from dgkit.tiny import autoencoder, classifier, data, dit, flow
+from dgkit.paths import DATA
+from dgkit.tiny import autoencoder, classifier, data, dit, flow, matcher
 from dgkit.tiny.loop import Schedule
 from dgkit.tiny.tiles import Tiles
 
@@ -25,7 +26,7 @@ def train(name: str, folder: Path) -> None:
     threads as torch is set to; either changes the rounding, hence the weights, but not the batches and their noise.
 
     `tiny-sd3` and `tiny-flux` share the autoencoder in the folder `tile-autoencoder` beside theirs, and train it first
-    if it is not complete.
+    if it is not complete. `tiny-dit-s`, `-b` and `-xl` (see `dgkit.tiny.ladder`) use that of the shipped `tiny-dit`.
 
     Args:
         name: a key of `MODELS`.
@@ -71,9 +72,21 @@ def _train_dit(recipe_file: Path, folder: Path, model: Path) -> None:
     dit.save_pipeline(vae, transformer, recipe.scheduler, model)
 
 
+def _train_rung(recipe_file: Path, folder: Path, model: Path) -> None:
+    recipe = dit.Recipe.read(recipe_file)
+    vae = AutoencoderKL.from_pretrained(DATA / "models" / "tiny-dit" / "vae")
+    transformer = dit.train_transformer(recipe, vae, folder / "transformer")
+    dit.save_pipeline(vae, transformer, recipe.scheduler, model)
+
+
 def _train_classifier(recipe_file: Path, folder: Path, model: Path) -> None:
     schedule = Schedule(**tomllib.loads(recipe_file.read_text())["schedule"])
     classifier.save_classifier(classifier.train_classifier(schedule, folder / "classifier"), model)
+
+
+def _train_matcher(recipe_file: Path, folder: Path, model: Path) -> None:
+    recipe = matcher.Recipe.read(recipe_file)
+    matcher.save_matcher(matcher.train_matcher(recipe, Tiles.load(), folder / "matcher"), model)
 
 
 def _train_tile_autoencoder(recipe_file: Path, folder: Path, model: Path) -> None:
@@ -114,8 +127,12 @@ TILE_AUTOENCODER = "tile-autoencoder"
 MODELS: dict[str, Model] = {
     "tiny-dit": Model(_train_dit, data.FASHION_MNIST),
     "fashion-classifier": Model(_train_classifier, data.FASHION_MNIST),
+    "tile-matcher": Model(_train_matcher, data.DUNGEON_TILES),
     TILE_AUTOENCODER: Model(_train_tile_autoencoder, data.DUNGEON_TILES),
     "tiny-sd3": Model(_train_text_to_image, data.DUNGEON_TILES),
     "tiny-flux": Model(_train_text_to_image, data.DUNGEON_TILES),
+    "tiny-dit-s": Model(_train_rung, data.FASHION_MNIST),
+    "tiny-dit-b": Model(_train_rung, data.FASHION_MNIST),
+    "tiny-dit-xl": Model(_train_rung, data.FASHION_MNIST),
 }
 """The trainings by name."""
