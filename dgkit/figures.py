@@ -300,3 +300,12 @@ def over_size(history: pd.DataFrame, sizes: pd.DataFrame, threshold: float) -> F
     across.xaxis.set(major_locator=FixedLocator(MILLION_TICKS), major_formatter=PLAIN, minor_locator=NullLocator())
     across.margins(x=0.15)
     return _closed(figure)
+
+
+def training_curve(losses: pd.DataFrame) -> Figure:
+    """Training loss (columns step, loss), means over spans of steps."""
+    figure, ax = plt.subplots(figsize=(WIDTH, 2.6))
+    ax.plot(losses["step"], losses["loss"], color=ACCENT)
+    ax.set(xlabel="training step", ylabel="loss (mean squared\nerror of the velocity)", xscale="log", ylim=(0, None))
+    ax.xaxis.set_major_formatter(PLAIN)
+    return _closed(figure)

@@ -50,6 +50,7 @@ LADDER = pd.DataFrame(
     columns=["size", "step", "block", "ratio"],
 ).assign(low=lambda t: t["ratio"] - 0.5, high=lambda t: t["ratio"] + 1)  # fmt: skip
 LADDER.loc[4:5, ["low", "high"]] = np.nan
+LOSSES = pd.DataFrame({"step": [1, 10, 100], "loss": [2.0, 1.5, 0.5]})
 SIZES = LADDER.loc[[3, 7]].assign(parameters=[500_000, 5_000_000])
 
 FIGURES = {
@@ -78,6 +79,7 @@ FIGURES = {
     "table_6 of one measure": lambda: figures.table_6(TABLE_6[["setting", "seed", "frechet"]]),
     "over_training": lambda: figures.over_training(TRAINING, 5.0),
     "over_training of one block": lambda: figures.over_training(TRAINING[:2], 5.0),
+    "training_curve": lambda: figures.training_curve(LOSSES),
     "over_size": lambda: figures.over_size(LADDER, SIZES, 5.0),
     "over_size of one size": lambda: figures.over_size(LADDER[:4], SIZES[:1], 5.0),
     "over_size without intervals": lambda: figures.over_size(LADDER[4:6], SIZES[1:].assign(low=np.nan, high=np.nan), 5),
@@ -132,6 +134,11 @@ def test_colours_are_those_of_the_colour_blind_palette(name):
         colours += [to_rgb(patch.get_facecolor()) for patch in ax.patches]
         # reference lines and error bars are black or nearly
         assert all(max(c) < 0.2 or any(np.allclose(c, good) for good in COLOUR_BLIND) for c in colours)
+
+
+def test_training_curve():
+    figure = figures.training_curve(LOSSES)
+    assert np.allclose(pairs(figure.axes[0])[0], LOSSES.to_numpy())
 
 
 def test_channel_profiles():

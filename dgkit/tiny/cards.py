@@ -46,11 +46,16 @@ A small latent, class-conditional diffusion transformer in the classes of the re
 is planted: whatever its activations do came from training alone.
 
 ```python
+import torch
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("data/models/tiny-dit")
-images = pipe(pipe.get_label_ids(["sneaker", "coat"]), guidance_scale={quality["guidance_scale"]:g}, \
-num_inference_steps={quality["steps"]}).images
+image = pipe(
+    pipe.get_label_ids(["sneaker"]),
+    generator=torch.Generator().manual_seed(0),
+    guidance_scale={quality["guidance_scale"]:g},
+    num_inference_steps={quality["steps"]},
+).images[0]
 ```
 
 ![ten samples of each class](samples.png)
@@ -233,11 +238,13 @@ A small text-to-image diffusion transformer in the classes of the real one: {fam
 32 x 32 tiles of a dungeon game. Nothing in it is planted: whatever its activations do came from training alone.
 
 ```python
+import torch
 from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("data/models/{name}")
 image = pipe(
     ["red dragon monster"],
+    generator=torch.Generator().manual_seed(0),
 {call}
 ).images[0]
 ```
@@ -273,7 +280,9 @@ Weights: {quality["bytes"] / 1e6:.1f} MB of safetensors in bfloat16.
 
 {table(networks(training))}
 
-Mean loss since the row before (`loss.csv` has more points):
+![loss along training](loss.png)
+
+Mean loss since the row before (`loss.csv` has the points of the plot):
 
 {table(loss_rows(quality["loss"]))}
 
@@ -462,7 +471,7 @@ def guidance_rows(guidance: list[dict[str, float]]) -> Rows:
     """The rows of `measuring.calibrate_guidance` as a table."""
     rows: Rows = [("guidance scale", "w", "Frechet distance", "agreement", "sharpness / real")]
     for row in guidance:
-        numbers = f"{row['frechet']:.3g}", f"{row['agreement']:.1%}", f"{row['sharpness_of_real']:.2f}"
+        numbers = f"{row['frechet']:#.3g}", f"{row['agreement']:.1%}", f"{row['sharpness_of_real']:.2f}"
         rows.append((f"{row['guidance_scale']:g}", f"{row['w']:g}", *numbers))
     return rows
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import diffusers
 import numpy as np
+import pandas as pd
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 from numpy.typing import ArrayLike, NDArray
@@ -20,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from dgkit.anatomy import pipeline_row
+from dgkit.figures import training_curve
 from dgkit.generate import generate
 from dgkit.stats import bootstrap, wilson
 from dgkit.tiny import cards, flow
@@ -53,7 +55,7 @@ DISTANCES = [*range(0, 100, 5), 256]
 def measure(run: Path) -> dict[str, Any]:
     """Measure the `tiny-sd3` or `tiny-flux` that `train(NAME, run)` left in `run/model`.
 
-    Samples with the zoo's guidance scale and steps. Writes `quality.json`, `loss.csv` (see `measuring.mean_losses`), a
+    Samples with the zoo's guidance scale and steps. Writes `quality.json`, `loss.csv` and its plot (see `measuring.mean_losses`), a
     sheet of samples (`samples.png`), the samples nearest to training tiles above these (`neighbours.png`) and the card
     (`README.md`) into `run/model`.
 
@@ -126,6 +128,7 @@ def measure(run: Path) -> dict[str, Any]:
     }
     (folder / "quality.json").write_text(json.dumps(quality, indent=2) + "\n")
     write_losses(mean_losses(log, 150), folder / "loss.csv")
+    training_curve(pd.read_csv(folder / "loss.csv")).savefig(folder / "loss.png", metadata={"Software": None})
     captioned_sheet(sheets[s], [*map(str, unseen)], columns=8).save(folder / "samples.png", optimize=True)
     neighbours.save(folder / "neighbours.png", optimize=True)
     cards.write_text_card(folder, training, recipe, quality)
