@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import urllib.error
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -220,6 +221,20 @@ def test_a_broken_file_of_tiles_is_an_error(
     else:
         file.write_bytes(content)
     with pytest.raises(DataError, match="dcss_tiles_32.npz is not a file of images and paths"):
+        data.dungeon_tiles()
+
+
+@pytest.mark.parametrize("answer", [urllib.error.URLError("no route"), b"not a zip file"])
+def test_no_network_is_one_sentence(answer: Exception | bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def urlopen(url: str) -> io.BytesIO:
+        if isinstance(answer, Exception):
+            raise answer
+        return io.BytesIO(answer)
+
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.delenv("DGKIT_DATA_DIR", raising=False)
+    monkeypatch.setattr(data.urllib.request, "urlopen", urlopen)
+    with pytest.raises(DataError, match=r"could not be read \(.*\): connect to the network, or set DGKIT_DATA_DIR"):
         data.dungeon_tiles()
 
 

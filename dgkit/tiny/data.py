@@ -80,7 +80,7 @@ def dungeon_tiles() -> tuple[Tensor, list[str]]:
     (see `tiles_in_archive`) and kept in the latter.
 
     Raises:
-        DataError: the pixels or paths are not those the models were trained on.
+        DataError: the tiles are neither there nor to be downloaded, or not those that the models were trained on.
     """
     cache = Path.home() / ".cache" / "dgkit" / DUNGEON_TILES_FILE
     files = [cache]
@@ -96,9 +96,16 @@ def dungeon_tiles() -> tuple[Tensor, list[str]]:
         _check_dungeon_tiles(images, paths, str(file))
     else:
         with TemporaryFile() as archive:
-            with urllib.request.urlopen(DUNGEON_TILES_ARCHIVE) as response:
-                shutil.copyfileobj(response, archive)
-            images, paths = tiles_in_archive(archive)
+            try:
+                with urllib.request.urlopen(DUNGEON_TILES_ARCHIVE) as response:
+                    shutil.copyfileobj(response, archive)
+                images, paths = tiles_in_archive(archive)
+            except (OSError, EOFError, zipfile.BadZipFile) as error:  # no network, a broken download
+                raise DataError(
+                    f"{DUNGEON_TILES_FILE} is in none of {', '.join(str(f.parent) for f in files)}, and "
+                    f"{DUNGEON_TILES_ARCHIVE} could not be read ({error}): connect to the network, or set "
+                    "DGKIT_DATA_DIR to the folder that holds the file"
+                ) from error
         _check_dungeon_tiles(images, paths, DUNGEON_TILES_ARCHIVE)
         cache.parent.mkdir(parents=True, exist_ok=True)
         partial = cache.with_suffix(".partial.npz")

@@ -55,9 +55,9 @@ DISTANCES = [*range(0, 100, 5), 256]
 def measure(run: Path) -> dict[str, Any]:
     """Measure the `tiny-sd3` or `tiny-flux` that `train(NAME, run)` left in `run/model`.
 
-    Samples with the zoo's guidance scale and steps. Writes `quality.json`, `loss.csv` and its plot (see `measuring.mean_losses`), a
-    sheet of samples (`samples.png`), the samples nearest to training tiles above these (`neighbours.png`) and the card
-    (`README.md`) into `run/model`.
+    Samples with the zoo's guidance scale and steps. Writes `quality.json`, `loss.csv` (see `measuring.mean_losses`) and
+    its plot, a sheet of samples (`samples.png`), the samples nearest to training tiles above these (`neighbours.png`)
+    and the card (`README.md`) into `run/model`.
 
     Args:
         run: the training's folder; its snapshots show the massive activations over training.
