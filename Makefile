@@ -4,7 +4,7 @@
 # A Python other than python3:  make book PYTHON=python3.11
 
 PYTHON ?= python3
-EXTRAS := book,test,reference
+EXTRAS := book,test,reference,scores,cluster
 BIN := .venv/bin
 ENVIRONMENT := .venv/installed
 
