@@ -178,17 +178,21 @@ def token_maps(pipe: Any, run: Samples, block: int, dim: int, count: int = 6) ->
 
 
 def timestep_shares(trace: Trace, conditions: Sequence[Any], block: int) -> dict[int, dict[str, Interval]]:
-    """For each tracked dim, the shares of the variance of its mean |z| that timestep, condition and image explain.
+    """For each tracked dim, the shares of the variance of its mean |z| that timestep, condition and noise explain.
 
-    "image" is what the image's own noise explains within its condition ("class"); where some condition has one image,
-    or all images have the same condition, the two cannot be told apart and there is no "class".
+    "residual" is what moves differently along time from image to image. Where some condition has one image, or all
+    images have the same condition, condition and noise cannot be told apart and are one share, "condition and noise".
     """
     values = trace.tracked()[:, :, block].numpy()  # (timesteps, images, dims)
     images_of = Counter(conditions)
     labels = conditions if len(images_of) > 1 and min(images_of.values()) > 1 else None
     sampled = isinstance(conditions[0], str)  # prompts are a sample of all prompts; classes are all there are
+    names = {"image": "condition and noise"} if labels is None else {"class": "condition", "image": "noise"}
     return {
-        dim: stats.variance_explained(values[:, :, i].T, labels, sampled_labels=sampled)
+        dim: {
+            names.get(part, part): share
+            for part, share in stats.variance_explained(values[:, :, i].T, labels, sampled_labels=sampled).items()
+        }
         for i, dim in enumerate(trace.track)
     }
 
@@ -207,9 +211,9 @@ def timestep_values(trace: Trace, conditions: Sequence[Any], block: int) -> dict
         "dim": trace.track[0],
         "share.timestep": shares["timestep"],
         **(
-            {"share.condition": shares["class"]}
-            if "class" in shares
-            else {"share.condition_and_noise": shares["image"]}
+            {"share.condition": shares["condition"]}
+            if "condition" in shares
+            else {"share.condition_and_noise": shares["condition and noise"]}
         ),
         "trend": stats.bootstrap(tracked[-1] / tracked[0]),
         "gates.count": len(gates),
@@ -360,6 +364,14 @@ def dg_scales(pipe: Any, scale: float | None) -> tuple[float, float]:
     if preset is None or preset.scale is None or preset.scale_with_cfg is None:
         return 1.0, 1.0
     return preset.scale, preset.scale_with_cfg
+
+
+def cfg_scale(pipe: Any, guidance_scale: float | None) -> float:
+    """s of CFG: as given, else the model's preset, else 4, the paper's for SD3."""
+    preset = preset_of(pipe)
+    if guidance_scale is not None:
+        return guidance_scale
+    return preset.guidance_scale if preset else 4.0
 
 
 def guide_all(pipe: Any, run: Samples, settings: Mapping[Any, Setting]) -> dict[Any, GuidedRun]:

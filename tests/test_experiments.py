@@ -218,15 +218,26 @@ CLASS = np.array([1.0, 1.0, 2.0, 2.0, 5.0, 5.0])  # of each of six images
 CONDITIONS = [0, 0, 1, 1, 2, 2]
 
 
+def test_scale_of_cfg_is_as_given_else_the_presets_else_4(monkeypatch):
+    pipe = tiny_models.pipeline("dit")
+    assert experiments.cfg_scale(pipe, 2.5) == 2.5
+    assert experiments.cfg_scale(pipe, None) == 4.0
+    preset = zoo.Preset(None, None, None, None, 1.75, 20, "test")
+    row = zoo.Model(None, "", "DiTTransformer2DModel", BLOCKS, CHANNELS, "", 0.0, preset)
+    monkeypatch.setattr(zoo, "MODELS", {"random": row})
+    assert experiments.cfg_scale(pipe, None) == 1.75
+    assert experiments.cfg_scale(pipe, 1.0) == 1.0
+
+
 @pytest.mark.parametrize("dim", [7, 9])
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        (TIME + 0 * CLASS, {"timestep": 1, "class": 0, "image": 0, "residual": 0}),
-        (0 * TIME + CLASS, {"timestep": 0, "class": 1, "image": 0, "residual": 0}),
+        (TIME + 0 * CLASS, {"timestep": 1, "condition": 0, "noise": 0, "residual": 0}),
+        (0 * TIME + CLASS, {"timestep": 0, "condition": 1, "noise": 0, "residual": 0}),
         # variances 14/9 of (1, 2, 4) and 26/9 of (1, 2, 5)
-        (TIME + CLASS, {"timestep": 14 / 40, "class": 26 / 40, "image": 0, "residual": 0}),
-        (0 * TIME + np.array([1, 2, 1, 2, 1, 2]), {"timestep": 0, "class": -2 / 3, "image": 5 / 3, "residual": 0}),
+        (TIME + CLASS, {"timestep": 14 / 40, "condition": 26 / 40, "noise": 0, "residual": 0}),
+        (0 * TIME + np.array([1, 2, 1, 2, 1, 2]), {"timestep": 0, "condition": -2 / 3, "noise": 5 / 3, "residual": 0}),
     ],
 )
 def test_timestep_shares_of_constructed_values(values, expected, dim):
@@ -238,7 +249,7 @@ def test_a_class_of_one_image_is_not_told_from_its_image():
     for conditions in (list(range(6)), [0] * 6, [0, 0, 0, 1, 1, 2]):
         shares = experiments.timestep_shares(FakeTrace(TIME + CLASS), conditions, block=1)[7]
         assert {part: interval.value for part, interval in shares.items()} == pytest.approx(
-            {"timestep": 14 / 40, "image": 26 / 40, "residual": 0}, abs=1e-12
+            {"timestep": 14 / 40, "condition and noise": 26 / 40, "residual": 0}, abs=1e-12
         )
 
 
@@ -254,10 +265,10 @@ def test_timestep_values():
     # ranks: equal (1); reversed (-1); 3 4 2 1 against 4 3 2 1: 1 - 6 * 2 / (4 * 15) = 0.8
     assert values["gates.rank_correlation"] == pytest.approx(0.8)
     shares = experiments.timestep_shares(trace, CONDITIONS, block=1)[7]
-    assert values["share.timestep"] == shares["timestep"] and values["share.condition"] == shares["class"]
+    assert values["share.timestep"] == shares["timestep"] and values["share.condition"] == shares["condition"]
     assert "share.condition_and_noise" not in values
     alone = experiments.timestep_values(trace, list(range(6)), block=1)
-    together = shares["class"].value + shares["image"].value
+    together = shares["condition"].value + shares["noise"].value
     assert alone["share.condition_and_noise"].value == pytest.approx(together) and "share.condition" not in alone
 
 
