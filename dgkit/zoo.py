@@ -76,12 +76,12 @@ MODELS: dict[str, Model] = {
     ),
     "tiny-sd3": Model(
         None, "StableDiffusion3Pipeline", "SD3Transformer2DModel", 8, 96, "MIT", 0.01,
-        Preset(None, None, None, None, 4.0, 20, "dims by detect_massive, w by the calibration in the model card"),
+        Preset(4, (8,), None, None, 3.0, 20, "first block with a massive channel, w by the calibration in the model card"),
         data="dungeon-tiles", call={"max_sequence_length": 16},
     ),
     "tiny-flux": Model(
         None, "FluxPipeline", "FluxTransformer2DModel", 8, 96, "MIT", 0.01,
-        Preset(None, None, None, None, 4.0, 20, "dims by detect_massive, w by the calibration in the model card"),
+        Preset(2, (79, 59), None, None, 2.0, 20, "dims by detect_massive, w by the calibration in the model card"),
         data="dungeon-tiles", call={"max_sequence_length": 16, "height": 32, "width": 32},
     ),
     "sd3": Model(

@@ -1,5 +1,6 @@
 """Result files: what they keep, and that a changed number is caught while a small one passes."""
 
+import ast
 import hashlib
 import json
 import subprocess
@@ -14,6 +15,7 @@ from dgkit import results
 from dgkit.errors import DgkitError
 from dgkit.results import Result, Tolerances, accept, check, load, report, safe_name, weights_sha256
 from dgkit.stats import Interval
+from dgkit.zoo import MODELS
 
 PARAMETERS = {"model": "tiny-dit", "seed": 3, "num_samples": 8, "dims": None}
 
@@ -88,6 +90,34 @@ def test_reference_results_are_apart(folders):
     assert load("demo", "tiny-dit", reference=True)["count"] == 7
     with pytest.raises(DgkitError, match="no accepted result"):
         load("demo", "tiny-dit")
+
+
+def test_reference_runs_come_in_the_order_of_the_zoo_then_by_name(folders):
+    for model in ("tiny-dit", "zz/other", "a-folder", "sd3"):
+        measure(parameters={"model": model})
+    accept(folders[0], results.REFERENCE)
+    expected = [name for name in MODELS if name in ("tiny-dit", "sd3")] + ["a-folder", "zz-other"]
+    assert list(results.references("demo")) == expected
+    assert results.references("nothing") == {}
+
+
+def test_glued_verdicts_say_which_embedded_models_were_run(folders, monkeypatch):
+    shown = {}
+
+    def display(data, raw, metadata):
+        shown[metadata["scrapbook"]["name"]] = ast.literal_eval(data["application/papermill.record/text/plain"])
+
+    monkeypatch.setattr("IPython.display.display", display)
+    lower, higher = Interval(-2.0, -3.0, -1.0), Interval(2.0, 1.0, 3.0)
+    for model, cond in (("tiny-dit", lower), ("tiny-flux", higher)):
+        result = Result("06_imagenet", model=model)
+        result.update({"uncond.frechet_change": lower, "cond.frechet_change": cond})
+        result.save()
+    accept(folders[0], results.REFERENCE)
+    result.glue()
+    assert shown["verdict.tiny-dit"] == "reproduced" and shown["verdict.tiny-flux"] == "1 of 2 parts reproduced"
+    assert shown["verdict.tiny-sd3"] == "not run" and "verdict.sd3" not in shown
+    assert shown["cond.frechet_change"] == shown["reference.cond.frechet_change"] == str(higher)
 
 
 def test_provenance(folders, monkeypatch):
