@@ -76,7 +76,7 @@ MODELS: dict[str, Model] = {
     ),
     "tiny-sd3": Model(
         None, "StableDiffusion3Pipeline", "SD3Transformer2DModel", 8, 96, "MIT", 0.01,
-        Preset(4, (8,), 1.0, 1.0, 3.0, 20, "first block with a massive channel; w of SD3 in Table 5, as none in its card helps"),
+        Preset(4, (8,), 1.0, 1.0, 3.0, 20, "first block with a massive channel; w as SD3's: none in its card helps"),
         data="dungeon-tiles", call={"max_sequence_length": 16},
     ),
     "tiny-flux": Model(

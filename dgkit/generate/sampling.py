@@ -55,6 +55,7 @@ def generate(
     Raises:
         DgkitError: no conditions, as many seeds as conditions are not given, or a number out of range.
         ModelError: an unknown pipeline class.
+        FloatingPointError: an image with values that are NaN, which would be black.
     """
     row, model = pipeline_row(pipe), row_of(pipe)
     call = dict(model.call if model else {}) | call
@@ -77,6 +78,8 @@ def generate(
                 output_type="np",
                 **call,
             )
+        if bad := sum(not np.isfinite(image).all() for image in output.images):
+            raise FloatingPointError(f"{bad} of {len(output.images)} images are not finite: use a wider dtype")
         parts.append((output.images * 255).round().astype(np.uint8))
     return np.concatenate(parts)
 
