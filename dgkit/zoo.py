@@ -81,7 +81,7 @@ MODELS: dict[str, Model] = {
     ),
     "tiny-flux": Model(
         None, "FluxPipeline", "FluxTransformer2DModel", 8, 96, "MIT", 0.01,
-        Preset(2, (79, 59), None, None, 2.0, 20, "dims by detect_massive, w by the calibration in the model card"),
+        Preset(2, (79, 59), 1.0, 1.0, 2.0, 20, "dims by detect_massive; w as SD3's: none in its card helps"),
         data="dungeon-tiles", call={"max_sequence_length": 16, "height": 32, "width": 32},
     ),
     "sd3": Model(
