@@ -1,6 +1,7 @@
 # make book   the book: _build/html/index.html
 # make test   every check
 # make bench  time and memory on the CPU, in one table
+# make stress 20 kills of workers and driver during a run on Ray
 # A Python other than python3:  make book PYTHON=python3.11
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ ENVIRONMENT := .venv/installed
 export OMP_WAIT_POLICY := PASSIVE
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: book test bench clean
+.PHONY: book test bench stress clean
 
 book: $(ENVIRONMENT)
 	$(BIN)/dgkit book execute
@@ -29,6 +30,9 @@ test: $(ENVIRONMENT)
 
 bench: $(ENVIRONMENT)
 	$(BIN)/python -m benchmarks
+
+stress: $(ENVIRONMENT)
+	DGKIT_KILLS=20 $(BIN)/pytest tests/test_generate_cluster.py -k kills
 
 $(ENVIRONMENT): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -1,4 +1,4 @@
-"""The command line: `dgkit run`, `dgkit book`, `dgkit tiny`, `dgkit results`, `dgkit models`.
+"""The command line: `dgkit run`, `book`, `tiny`, `results`, `generate`, `export-npz`, `models`.
 
 What a verb needs is imported inside it, so that `dgkit --help` answers at once.
 """
@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb.
 
     Returns:
-        0, 1 if `results check` found differences, or 2 after an error, which is printed as one line.
+        0, 1 if `results check` found differences or `generate` lacks images, or 2 after an error, which is printed as one line.
     """
     arguments = _parser().parse_args(argv)
     try:
@@ -57,6 +57,32 @@ def _parser() -> argparse.ArgumentParser:
     accept = results.add_parser("accept", help="make the last run's results the accepted ones")
     accept.add_argument("--reference", action="store_true", help="those of the reference runs, in _build/reference")
     accept.set_defaults(verb=_results_accept)
+
+    generate = verbs.add_parser("generate", help="generate images into a folder, going on where a killed run was")
+    generate.add_argument("model", metavar="MODEL", help="a name (see `dgkit models`), a pipeline folder or a hub id")
+    conditions = generate.add_mutually_exclusive_group(required=True)
+    conditions.add_argument("--prompts", metavar="SET|FILE", help="a prompt set by name, or a file with one per line")
+    conditions.add_argument("--classes", metavar="FIRST-LAST", help="class ids, e.g. 0-999")
+    generate.add_argument("--count", type=int, metavar="N", help="number of images; by default one per condition")
+    generate.add_argument("--seed", type=int, default=0, help="image i has the generator seed 1,000,000 x SEED + i")
+    generate.add_argument("--steps", type=int, help="sampling steps; by default the model's preset")
+    generate.add_argument("--guidance-scale", type=float, default=1.0, metavar="S", help="of CFG; 1 (default) for none")
+    generate.add_argument(
+        "--method", dest="methods", metavar="NAME[=JSON]", action="append", default=[],
+        help="""a guidance method, e.g. dg or 'dg={"block": 5, "dims": [810]}'""",
+    )  # fmt: skip
+    generate.add_argument("--call", metavar="JSON", default="{}", help="""of the pipeline, e.g. '{"height": 512}'""")
+    generate.add_argument("--dtype", default="", help="float32, float16 or bfloat16 (default for hub models)")
+    generate.add_argument("--block-size", type=int, default=8, metavar="N", help="images per batch (default: 8)")
+    generate.add_argument("--output", type=Path, metavar="DIR", help="by default _build/images/<model>-<method>-<hash>")
+    generate.add_argument("--engine", default="local", help="local (default; also under torchrun and Slurm) or ray")
+    generate.add_argument("--workers", type=int, metavar="N", help="of ray; by default one per GPU")
+    generate.set_defaults(verb=_generate)
+
+    export = verbs.add_parser("export-npz", help="write a finished run as guided-diffusion's evaluator reads it")
+    export.add_argument("folder", type=Path, metavar="FOLDER")
+    export.add_argument("path", type=Path, metavar="FILE.npz")
+    export.set_defaults(verb=_export_npz)
 
     verbs.add_parser("models", help="list the models known by name").set_defaults(verb=_models)
     return parser
@@ -113,6 +139,46 @@ def _results_accept(arguments: argparse.Namespace) -> int:
         new, accepted = paths.build_dir() / "reference", results.REFERENCE
     for path in results.accept(new, accepted):
         print(path)
+    return 0
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from dgkit.generate.job import Job, read_conditions, read_json
+    from dgkit.generate.run import run
+    from dgkit.zoo import MODELS
+
+    steps = arguments.steps
+    if steps is None and arguments.model in MODELS:
+        steps = MODELS[arguments.model].preset.steps
+    if steps is None:
+        raise DgkitError(f"--steps is needed: {arguments.model} has no preset")
+    conditions, name = read_conditions(arguments.prompts, arguments.classes)
+    methods = {
+        name: read_json(f"--method {name}", text or "{}")
+        for name, _, text in (method.partition("=") for method in arguments.methods)
+    }
+    job = Job(
+        model=arguments.model,
+        conditions=conditions,
+        count=len(conditions) if arguments.count is None else arguments.count,
+        seed=arguments.seed,
+        steps=steps,
+        guidance_scale=arguments.guidance_scale,
+        methods=methods,
+        call=read_json("--call", arguments.call),
+        dtype=arguments.dtype,
+        block_size=arguments.block_size,
+        prompt_set=name,
+    )
+    report = run(job, arguments.output, engine=arguments.engine, workers=arguments.workers)
+    print(report)
+    return 1 if report.failures else 0
+
+
+def _export_npz(arguments: argparse.Namespace) -> int:
+    from dgkit.generate.export import export_npz
+
+    print(export_npz(arguments.folder, arguments.path))
     return 0
 
 

@@ -14,7 +14,7 @@ from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
 
 from dgkit.anatomy import Anatomy, dissect
-from dgkit.errors import LoadError
+from dgkit.errors import LoadError, ModelError
 from dgkit.paths import DATA
 
 
@@ -164,8 +164,14 @@ def _quiet() -> Iterator[None]:
 
 
 def row_of(target: Any) -> Model | None:
-    """The row of the model that a pipeline, transformer or anatomy is, known by its class, depth and width."""
-    anatomy = target if isinstance(target, Anatomy) else dissect(target)
+    """The row of the model that a pipeline, transformer or anatomy is, known by its class, depth and width.
+
+    None for any other, also for one that has no anatomy or is compiled as a whole.
+    """
+    try:
+        anatomy = target if isinstance(target, Anatomy) else dissect(target)
+    except ModelError:
+        return None
     shape = (type(anatomy.model).__name__, len(anatomy.blocks), anatomy.channels)
     return next((m for m in MODELS.values() if (m.transformer, m.blocks, m.channels) == shape), None)
 

@@ -105,4 +105,4 @@ if __name__ == "__main__":
         sampler=sleeping(float(seconds)),
     )
     print(report)
-    sys.exit(0 if report.complete else 1)
+    sys.exit(1 if report.failures else 0)

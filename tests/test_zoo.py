@@ -85,7 +85,7 @@ def test_load_refuses_what_is_no_name(name: Any) -> None:
 
 @pytest.mark.parametrize("name", ["sd4", "./missing", "/nowhere/at/all", "a/b/c"])
 def test_load_refuses_unknown_names(name: str) -> None:
-    with pytest.raises(LoadError, match=r"is unknown: use tiny-dit, sd3, .* a pipeline folder or a hub id"):
+    with pytest.raises(LoadError, match=r"is unknown: use tiny-dit, tiny-sd3, .* a pipeline folder or a hub id"):
         dgkit.load(name)
 
 

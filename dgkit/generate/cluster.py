@@ -129,7 +129,8 @@ def _connect(ray: Any, workers: int | None) -> None:
             )
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         where = os.environ.get("RAY_ADDRESS") or "this machine"
-        raise DgkitError(f"Ray does not answer at {where}: {error}") from error
+        hint = "" if "RAY_AUTH_MODE" in os.environ else " (one with a password needs RAY_AUTH_MODE=token)"
+        raise DgkitError(f"Ray does not answer at {where}{hint}: {error}") from error
 
 
 def _next(ray: Any, working: dict[Any, Any], starting: dict[Any, Any]) -> Any:
