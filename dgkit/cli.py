@@ -15,7 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb.
 
     Returns:
-        0, 1 if `results check` found differences or `generate` lacks images, or 2 after an error, which is printed as one line.
+        0, 1 if `results check` found differences or `generate` lacks images, or 2 after an error, printed as one line.
     """
     arguments = _parser().parse_args(argv)
     try:
