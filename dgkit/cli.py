@@ -159,7 +159,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     }
     job = Job(
         model=arguments.model,
-        conditions=conditions,
+        conditions=tuple(conditions),
         count=len(conditions) if arguments.count is None else arguments.count,
         seed=arguments.seed,
         steps=steps,
