@@ -12,6 +12,7 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
 from safetensors import SafetensorError
+from transformers.utils import logging as transformers_logging
 
 from dgkit.anatomy import Anatomy, dissect
 from dgkit.errors import LoadError, ModelError
@@ -152,15 +153,16 @@ def _quiet() -> Iterator[None]:
 
     logger = logging.getLogger("diffusers.pipelines.pipeline_utils")
     logger.addFilter(harmless)
-    bars = diffusers_logging.is_progress_bar_enabled()
+    shown = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
     if not sys.stderr.isatty():
-        diffusers_logging.disable_progress_bar()
+        for library in shown:
+            library.disable_progress_bar()
     try:
         yield
     finally:
         logger.removeFilter(harmless)
-        if bars:
-            diffusers_logging.enable_progress_bar()
+        for library in shown:
+            library.enable_progress_bar()
 
 
 def row_of(target: Any) -> Model | None:

@@ -65,3 +65,9 @@ def test_the_shipped_weights_are_finite_and_not_those_of_an_untrained_model(name
     assert all(torch.isfinite(tensor).all() for tensor in state.values())
     outputs = [tensor for key, tensor in state.items() if key.startswith("proj_out") and key.endswith("weight")]
     assert outputs and all(tensor.abs().max() > 0 for tensor in outputs)  # zero at the start of training
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_loading_writes_nothing_to_a_log(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    dgkit.load(name)
+    assert tuple(capfd.readouterr()) == ("", "")  # anything on a page's stderr fails the book
