@@ -232,13 +232,21 @@ def verdict(name: str, values: Values) -> tuple[str, list[str]]:
 _WORDS = {True: "holds", False: "does not hold", None: "not measured"}
 
 
-def across_models(name: str) -> pd.DataFrame:
+def across_models(name: str) -> Any:
+    """`outcomes(name)` for a page, with whole sentences in its cells, where pandas would cut them off."""
+    from IPython.display import HTML
+
+    with pd.option_context("display.max_colwidth", None):
+        return HTML(outcomes(name).to_html())
+
+
+def outcomes(name: str) -> pd.DataFrame:
     """What holds of one chapter's claim in the reference run of each model: a row per part, a column per model."""
     columns = {}
     for model, record in references(name).items():
         values = record.decoded()
-        outcomes = [part.outcome(values) for part in CLAIMS[name]]
-        cells = [f"{_WORDS[holds]}: {numbers}" if numbers else _WORDS[holds] for holds, numbers in outcomes]
+        parts = [part.outcome(values) for part in CLAIMS[name]]
+        cells = [f"{_WORDS[holds]}: {numbers}" if numbers else _WORDS[holds] for holds, numbers in parts]
         columns[model] = [*cells, verdict(name, values)[0]]
     return pd.DataFrame(columns, index=[*(part.text for part in CLAIMS[name]), "verdict"])
 

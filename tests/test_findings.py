@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from dgkit import findings, results
@@ -380,7 +381,7 @@ def test_models_side_by_side(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> 
         result = Result(name, model=model)
         result.update(values)
         result.save()
-    table = findings.across_models(name)
+    table = findings.outcomes(name)
     assert list(table.columns) == ["tiny-dit", "flux-dev"] and len(table) == 7
     assert table["tiny-dit"].iloc[0] == f"does not hold: share {UNDECIDED:+.4f}"
     assert [cell.split(":")[0] for cell in table["tiny-dit"]] == [
@@ -389,7 +390,10 @@ def test_models_side_by_side(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> 
     assert [cell.split(":")[0] for cell in table["flux-dev"]] == [
         *["holds"] * 2, *["not measured"] * 4, "reproduced"
     ]  # fmt: skip
-    assert findings.across_models("06_imagenet").empty
+    assert findings.outcomes("06_imagenet").empty
+    with pd.option_context("display.max_colwidth", 10):
+        page = findings.across_models(name).data
+    assert all(cell in page for cell in table.to_numpy().ravel())
 
 
 def test_efficientnet_distances_are_told_where_measured() -> None:
