@@ -288,6 +288,12 @@ CLAIMS: dict[str, list[Part]] = {
             lambda v: f"{v['share.timestep']:.2f} against {v['share.condition']:.2f}",
         ),
         Part(
+            "the condition has minimal impact (less than a tenth of the variance)",
+            "share.condition",
+            lambda v: v["share.condition"].high < 0.1,
+            lambda v: f"{v['share.condition']:.2f}",
+        ),
+        Part(
             "the magnitude grows towards the image",
             "trend",
             lambda v: v["trend"].low > 1,
