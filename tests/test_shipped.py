@@ -71,3 +71,8 @@ def test_the_shipped_weights_are_finite_and_not_those_of_an_untrained_model(name
 def test_loading_writes_nothing_to_a_log(name: str, capfd: pytest.CaptureFixture[str]) -> None:
     dgkit.load(name)
     assert tuple(capfd.readouterr()) == ("", "")  # anything on a page's stderr fails the book
+
+
+def test_no_shipped_file_names_a_folder_of_the_machine_it_was_made_on() -> None:
+    texts = [p for p in (DATA / "models").rglob("*") if p.suffix in (".json", ".toml", ".md", ".csv")]
+    assert texts and not [p for p in texts if "_name_or_path" in p.read_text() or str(DATA.parent) in p.read_text()]

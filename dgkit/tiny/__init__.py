@@ -48,6 +48,10 @@ def train(name: str, folder: Path) -> None:
 
     def build(model: Path) -> None:
         MODELS[name].build(recipe, folder, model)
+        for config in model.rglob("config.json"):  # diffusers notes the folder that a part was loaded from
+            facts = json.loads(config.read_text())
+            if facts.pop("_name_or_path", None) is not None:
+                config.write_text(json.dumps(facts, indent=2) + "\n")
         shutil.copy(recipe, model)
         networks = {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.glob("*/training.json"))}
         if name in flow.FAMILIES:
