@@ -141,6 +141,10 @@ class Step:
     velocity: bool
     deterministic: bool
 
+    def within(self, start: float, stop: float) -> bool:
+        """Whether it is one of the steps from int(start * count) to before int(stop * count), as in diffusers."""
+        return int(start * self.count) <= self.index < int(stop * self.count)
+
     @property
     def sigma(self) -> float:
         """The noise level as schedulers name it: from 1 to 0 in rectified flow, noise over signal in a VP diffusion."""

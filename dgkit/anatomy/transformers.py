@@ -98,6 +98,8 @@ class Stack:
         fork: whether the batch may grow at these blocks (see `Anatomy.grow`); False where the transformer, after them,
             mixes their outputs with tensors of the batch that it was called with.
         derived: found by `derive`, not written by hand: the token count is checked in every pass.
+        norms: the LayerNorms of each block that read the image tokens, which stand last where they read text as well;
+            for `disrupt(..., keep_norm=True)`, unknown where it is empty.
     """
 
     path: str
@@ -107,6 +109,7 @@ class Stack:
     text_first: bool | None = None
     fork: bool = True
     derived: bool = False
+    norms: tuple[str, ...] = ()
 
 
 UNBATCHED = ("img_ids", "txt_ids", "image_rotary_emb", "rotary_emb")
@@ -127,6 +130,7 @@ class Transformer:
         unbatched: arguments of the transformer and of its blocks whose first axis is not the batch.
         listed: arguments that are lists with one entry per batch row.
         second_axis: arguments whose second axis is the batch.
+        last_norm: the LayerNorm after the last block.
     """
 
     stacks: tuple[Stack, ...]
@@ -140,6 +144,7 @@ class Transformer:
     unbatched: tuple[str, ...] = UNBATCHED
     listed: tuple[str, ...] = ()
     second_axis: tuple[str, ...] = ()
+    last_norm: str = ""
 
 
 def _noise_channels(model: Any) -> int | None:
@@ -189,26 +194,31 @@ def _z_image_text_lengths(arguments: dict[str, Any]) -> list[int]:
 NORM1 = (at("msa", "norm1", 1), at("mlp", "norm1", 4))
 MSA2 = at("msa2", "norm1", 6)
 NORM = (at("msa+mlp", "norm", 1),)
+LAYER_NORMS = ("norm1.norm", "norm2")
 TANH_NORM1 = (at("msa", "norm1", 1, tanh=True), at("mlp", "norm1", 3, tanh=True))
 
 FLUX = Transformer(
     (
-        Stack("transformer_blocks", 1, NORM1, text_first=True),
-        Stack("single_transformer_blocks", 1, NORM, text_first=True),
-    )
+        Stack("transformer_blocks", 1, NORM1, text_first=True, norms=LAYER_NORMS),
+        Stack("single_transformer_blocks", 1, NORM, text_first=True, norms=("norm.norm",)),
+    ),
+    last_norm="norm_out.norm",
 )
 
 # Blocks of text alone (the context refiners of Lumina 2, Z-Image and HunyuanImage) are no part of the image stream.
 TRANSFORMERS: dict[str, Transformer] = {
     "SD3Transformer2DModel": Transformer(
-        (Stack("transformer_blocks", 1, (NORM1[0], MSA2, NORM1[1]), text_first=False),)
+        (Stack("transformer_blocks", 1, (NORM1[0], MSA2, NORM1[1]), text_first=False, norms=LAYER_NORMS),),
+        last_norm="norm_out.norm",
     ),
     "FluxTransformer2DModel": FLUX,
     "BriaTransformer2DModel": FLUX,
     "LongCatImageTransformer2DModel": FLUX,
     "OvisImageTransformer2DModel": FLUX,
     "DiTTransformer2DModel": Transformer(
-        (Stack("transformer_blocks", None, NORM1),), predicted_channels=_noise_channels
+        (Stack("transformer_blocks", None, NORM1, norms=("norm1.norm", "norm3")),),
+        predicted_channels=_noise_channels,
+        last_norm="norm_out",
     ),
     "PixArtTransformer2DModel": Transformer(
         (Stack("transformer_blocks", None, (table("msa", 2, "timestep"), table("mlp", 5, "timestep"))),),
@@ -538,6 +548,18 @@ class Anatomy:
         if len(set(dims)) != len(dims):
             raise DgkitError(f"dims={list(dims)!r} is not allowed because a channel is repeated: give {allowed}")
         return list(dims)
+
+    def norms_after(self, block: int) -> list[nn.LayerNorm]:
+        """The LayerNorms that read the image tokens after block `block`.
+
+        Raises:
+            ModelError: they are not known for this class.
+        """
+        if not self.row.last_norm:
+            known = ", ".join(name for name, row in TRANSFORMERS.items() if row.last_norm)
+            raise ModelError(f"the LayerNorms of {type(self.model).__name__} are not known to dgkit, only of {known}")
+        paths = [(later.module, norm) for later in self.blocks[block + 1 :] for norm in later.stack.norms]
+        return [module.get_submodule(path) for module, path in (*paths, (self.model, self.row.last_norm))]  # type: ignore[misc]
 
     @contextmanager
     def follow(self) -> Iterator[None]:

@@ -19,7 +19,7 @@ from dgkit.anatomy import Anatomy, Call, Step, dissect, step_of
 from dgkit.errors import DgkitError, ModelError
 from dgkit.guidance.branches import Perturbation
 from dgkit.guidance.calibrate import Calibration, calibrate
-from dgkit.hooks import make_edit
+from dgkit.hooks import checked_steps, make_edit
 from dgkit.zoo import preset_of
 
 Scale = float | Callable[[float], float]
@@ -78,11 +78,7 @@ class Method:
     def __post_init__(self) -> None:
         if self.scale is not None and not callable(self.scale):
             checked_scale("scale", self.scale)
-        for argument, value in (("start", self.start), ("stop", self.stop)):
-            if not _number(value) or not 0 <= value <= 1:
-                raise DgkitError(f"{argument}={value!r} is not allowed: give a number from 0 to 1")
-        if self.start >= self.stop:
-            raise DgkitError(f"start={self.start!r} is not allowed: give a number below stop={self.stop!r}")
+        checked_steps(self.start, self.stop)
 
     def bound(self, pipe: Any, anatomy: Anatomy) -> Self:
         """The method with everything left out filled in and checked for this pipeline."""
@@ -92,7 +88,7 @@ class Method:
         """Whether this step is guided."""
         if (self.start, self.stop) == (0.0, 1.0):
             return True
-        return int(self.start * now.step.count) <= now.step.index < int(self.stop * now.step.count)
+        return now.step.within(self.start, self.stop)
 
     def weight(self, now: Now, with_cfg: bool) -> float:
         """The scale of this step."""
