@@ -1,20 +1,17 @@
 """All guidance methods on one model, at equal cost: what chapter 5 compares beyond the paper's own ablations."""
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from dgkit import stats
 from dgkit.anatomy import dissect, pipeline_row
 from dgkit.errors import DgkitError
-from dgkit.experiments import Samples, frechet_change, samples
+from dgkit.experiments import Samples, frechet_change, samples, worse_copy
 from dgkit.guidance import METHODS, Method, Reuse, guide
 from dgkit.metrics.judges import Judge, judge_of
 from dgkit.metrics.spectrum import sharpness
@@ -24,7 +21,6 @@ ENOUGH_FOR_FRECHET = 150  # images, for the judges' 64 or 48 features; below, th
 BRANCH_SCALES = (0.1, 0.3, 1.0)  # w
 CFG_SCALES = (2.0, 3.0, 5.0)  # s
 BASELINE = "CFG"
-LARGEST_COPY = 1_000_000_000  # parameters
 
 
 @dataclass(frozen=True)
@@ -45,10 +41,8 @@ class Entry:
 def entries(pipe: Any, guidance_scale: float, block: int, dims: Sequence[int], seed: int) -> dict[str, Entry]:
     """The methods compared, by name, each with the scales to choose from.
 
-    PAG, SEG, SLG, TPG work on the middle block. Autoguidance's worse model is the model itself with noise of a tenth of
-    each weight matrix's standard deviation, which stands in for an earlier checkpoint; models of more than a billion
-    parameters are not copied, so that it is left out there. CFG-Zero* has its zero step in models that predict the
-    velocity; DiT predicts noise.
+    PAG, SEG, SLG, TPG work on the middle block. Autoguidance's worse model is `experiments.worse_copy`; without one it
+    is left out. CFG-Zero* has its zero step in models that predict the velocity; DiT predicts noise.
     """
     s, velocity = guidance_scale, pipeline_row(pipe).velocity
     beside: dict[str, Method] = {
@@ -59,8 +53,8 @@ def entries(pipe: Any, guidance_scale: float, block: int, dims: Sequence[int], s
         "token shuffling": METHODS["tpg"](scale=1.0),
         "block drop": METHODS["block-drop"](scale=1.0),
     }
-    if sum(parameter.numel() for parameter in pipe.transformer.parameters()) <= LARGEST_COPY:
-        worse = noisy_copy(pipe.transformer, seed)
+    worse = worse_copy(pipe, seed)
+    if worse is not None:
         beside["autoguidance"] = METHODS["autoguidance"](scale=1.0, bad=worse)  # type: ignore[call-arg]
     instead: dict[str, tuple[Method, tuple[float, ...]]] = {
         "CFG, middle steps": (METHODS["cfg"](scale=s, start=0.25, stop=0.75), CFG_SCALES),
@@ -73,17 +67,6 @@ def entries(pipe: Any, guidance_scale: float, block: int, dims: Sequence[int], s
         | {name: Entry(method, s, grid) for name, (method, grid) in instead.items()}
         | {f"CFG + {name}": Entry(method, s, BRANCH_SCALES) for name, method in beside.items()}
     )
-
-
-def noisy_copy(model: nn.Module, seed: int, relative: float = 0.1) -> nn.Module:
-    """A worse version of `model`: every weight matrix with Gaussian noise of `relative` its standard deviation."""
-    worse, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in worse.parameters():
-            if parameter.ndim > 1:
-                noise = torch.randn(parameter.shape, generator=generator).to(parameter)
-                parameter.add_(relative * parameter.std() * noise)
-    return worse
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,26 @@
 """What the notebooks measure: one function per experiment of the paper, from a pipeline to plain numbers."""
 
+import copy
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from math import isqrt
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import NDArray
 from scipy.stats import spearmanr
+from torch import nn
 
-from dgkit import paper, stats
+from dgkit import guidance, paper, stats
 from dgkit.anatomy import dissect
 from dgkit.errors import DgkitError
 from dgkit.gates import gate_agreement
 from dgkit.generate import generate, own_conditions
-from dgkit.guidance import detail_guidance
+from dgkit.guidance import METHODS, Method
 from dgkit.hooks import Trace, disrupt, record
 from dgkit.massive import Massive, channel_ratio, detect_massive
 from dgkit.metrics.classifier import inception_score
@@ -168,9 +172,7 @@ def token_maps(pipe: Any, run: Samples, block: int, dim: int, count: int = 6) ->
     """
     trace = observe(pipe, run.first(count), keep=[block])
     tokens = trace.tensors(block, timestep=trace.timesteps()[-1])[..., dim].abs().float().numpy()
-    side = int(np.sqrt(tokens.shape[1]))
-    if side * side != tokens.shape[1]:
-        raise DgkitError(f"{tokens.shape[1]} image tokens do not form a square: sample square images")
+    side = _side_of_square(tokens.shape[1])
     return tokens.reshape(len(tokens), side, side)
 
 
@@ -227,14 +229,37 @@ def timestep_values(trace: Trace, conditions: Sequence[Any], block: int) -> dict
 # ----------------------------------------------------------------------------------------- section 4.2: intervention
 
 
+def left_half(pipe: Any, run: Samples) -> list[int]:
+    """The image tokens in the left half of the image, counted row by row.
+
+    Raises:
+        DgkitError: the image tokens do not form a square.
+    """
+    side = _token_grid(pipe, run)
+    return [row * side + column for row in range(side) for column in range(side // 2)]
+
+
+def _token_grid(pipe: Any, run: Samples) -> int:
+    """How many image tokens there are along each side of the image."""
+    return _side_of_square(observe(pipe, replace(run.first(1), steps=1), keep=[0]).tensors(0).shape[1])
+
+
+def _side_of_square(tokens: int) -> int:
+    side = isqrt(tokens)
+    if side * side != tokens:
+        raise DgkitError(f"{tokens} image tokens do not form a square: sample square images")
+    return side
+
+
 def intervene(
     pipe: Any, run: Samples, *, block: int, dims: Sequence[int], matched: Sequence[int], draws: int, seed: int
 ) -> dict[str, Images]:
     """Images of the original model and of models disrupted at `block` (appendix D and its controls).
 
-    Settings: "original"; "massive" (dims zeroed); "mean" (dims set to their token mean); "matched" (non-massive
-    channels of as much magnitude zeroed); "random 1" .. "random `draws`" (as many other channels zeroed, the paper's
-    control).
+    Settings: "original"; "massive" (dims zeroed); "left half" (zeroed in those tokens alone, see `left_half`); "norm
+    kept" (zeroed, but the later LayerNorms keep their statistics; only for classes whose LayerNorms dgkit knows);
+    "mean" (dims set to their token mean); "matched" (non-massive channels of as much magnitude zeroed); "random 1" ..
+    "random `draws`" (as many other channels zeroed, the paper's control).
 
     Raises:
         DgkitError: `draws` is not a positive integer, or as for `dgkit.disrupt`.
@@ -243,9 +268,13 @@ def intervene(
         raise DgkitError(f"random_draws={draws!r} is not allowed: give an integer, 1 or above")
     edits: dict[str, dict[str, Any]] = {
         "massive": {"dims": dims},
+        "left half": {"dims": dims, "tokens": left_half(pipe, run)},
+        "norm kept": {"dims": dims, "keep_norm": True},
         "mean": {"dims": dims, "kind": "mean"},
         "matched": {"dims": matched},
     }
+    if not dissect(pipe).row.last_norm:
+        del edits["norm kept"]
     for draw in range(draws):
         edits[f"random {draw + 1}"] = {"dims": dims, "kind": "random", "seed": seed * 1000 + draw}
     images = {"original": run.images(pipe)}
@@ -311,7 +340,7 @@ def intervention_values(effects: pd.DataFrame, matched: Sequence[int]) -> dict[s
 
     Agreement is compared with the originals too.
     """
-    controls = [name for name in effects["setting"].unique() if name not in ("original", "massive")]
+    controls = [name for name in effects["setting"].unique() if name not in ("original", "massive", "left half")]
     columns = ("low_error", "high_error", "sharpness_ratio")
     values: dict[str, Any] = summarise(effects)
     values |= {
@@ -322,6 +351,42 @@ def intervention_values(effects: pd.DataFrame, matched: Sequence[int]) -> dict[s
             f"contrast.{c}.agreement": contrast(effects, "massive", c, "agreement") for c in ("original", *controls)
         }
     return values | {"matched_dims": list(matched)}
+
+
+def half_values(pipe: Any, run: Samples, images: Mapping[str, Images]) -> dict[str, Any]:
+    """What editing the tokens of `left_half` alone does to the pixels under them and to the others.
+
+    "half.edited.high_error" and "half.other.high_error" (see `image_effects`), and "half.contrast", their paired
+    difference. The other pixels need not stay as they are: attention mixes the tokens in all later blocks.
+
+    Args:
+        pipe, run: what made the images.
+        images: with "original" and "left half" of `intervene`, (N, H, W, 3) each.
+    """
+    original, edited = images["original"], images["left half"]
+    side = _token_grid(pipe, run)
+    edge = original.shape[2] * (side // 2) // side
+    left = band_error(edited[:, :, :edge], original[:, :, :edge])[1]
+    right = band_error(edited[:, :, edge:], original[:, :, edge:])[1]
+    return {
+        "half.edited.high_error": stats.bootstrap(left),
+        "half.other.high_error": stats.bootstrap(right),
+        "half.contrast": stats.paired_bootstrap(left, right),
+    }
+
+
+def draw_values(images: Mapping[str, Images]) -> dict[str, Any]:
+    """The massive channels against each random draw by itself.
+
+    "draws.high_error": mean high-frequency error of each draw (see `image_effects`); "draws.below": how many of them
+    have a smaller one than the massive channels.
+    """
+    original = images["original"]
+    errors = {
+        name: float(band_error(batch, original)[1].mean()) for name, batch in images.items() if name != "original"
+    }
+    draws = np.array([error for name, error in errors.items() if name.startswith("random ")])
+    return {"draws.high_error": draws, "draws.below": int((draws < errors["massive"]).sum())}
 
 
 # ------------------------------------------------------------------------- section 4.3 and 5.3: Detail Guidance
@@ -338,22 +403,26 @@ class GuidedRun:
 
 @dataclass(frozen=True)
 class Setting:
-    """One guidance setting: s of CFG (1 for none), w of DG (0 for none), and where DG edits."""
+    """One guidance setting: s of CFG (1 for none), w of DG (0 for none) and where DG edits, or another method."""
 
     guidance_scale: float = 1.0
     w: float = 0.0
     block: int = 0
     dims: Sequence[int] = field(default_factory=list)
+    method: Method | None = None
 
 
 def guide(pipe: Any, run: Samples, setting: Setting) -> GuidedRun:
     """Sample `run` under one guidance setting; the cost is relative to full passes for every branch."""
     evaluations = len(dissect(pipe).blocks) * run.steps * len(run.seeds) * (2 if setting.guidance_scale > 1 else 1)
-    if setting.w == 0:
+    method = setting.method
+    if method is None and setting.w == 0:
         return GuidedRun(run.images(pipe, setting.guidance_scale), 1.0, evaluations)
-    with detail_guidance(pipe, scale=setting.w, block=setting.block, dims=setting.dims) as guidance:
+    if method is None:
+        method = METHODS["dg"](scale=setting.w, block=setting.block, dims=setting.dims)  # type: ignore[call-arg]
+    with guidance.guide(pipe, method) as guided:
         images = run.images(pipe, setting.guidance_scale)
-    return GuidedRun(images, guidance.cost.ratio, guidance.cost.block_evaluations)
+    return GuidedRun(images, guided.cost.ratio, guided.cost.block_evaluations)
 
 
 def dg_scales(pipe: Any, scale: float | None) -> tuple[float, float]:
@@ -391,21 +460,59 @@ def guidance_settings(
     }
 
 
+LARGEST_COPY = 1_000_000_000  # parameters
+
+
+def worse_copy(pipe: Any, seed: int) -> nn.Module | None:
+    """The worse model of autoguidance, in place of an earlier checkpoint; None for models too large to copy.
+
+    Every weight matrix has Gaussian noise of a tenth of its standard deviation.
+    """
+    if sum(parameter.numel() for parameter in pipe.transformer.parameters()) > LARGEST_COPY:
+        return None
+    return noisy_copy(pipe.transformer, seed)
+
+
+def noisy_copy(model: nn.Module, seed: int, relative: float = 0.1) -> nn.Module:
+    """A worse version of `model`: every weight matrix with Gaussian noise of `relative` its standard deviation."""
+    worse, generator = copy.deepcopy(model), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in worse.parameters():
+            if parameter.ndim > 1:
+                noise = torch.randn(parameter.shape, generator=generator).to(parameter)
+                parameter.add_(relative * parameter.std() * noise)
+    return worse
+
+
+def control_settings(pipe: Any, w: float, seed: int) -> dict[str, Setting]:
+    """Other worse models in the place of DG's, at the same w, without CFG.
+
+    "blurred": the attention of the middle block with blurred queries (SEG); "autoguidance": see `worse_copy`.
+    """
+    settings = {"blurred": Setting(method=METHODS["seg"](scale=w))}
+    worse = worse_copy(pipe, seed)
+    if worse is not None:
+        settings["autoguidance"] = Setting(method=METHODS["autoguidance"](scale=w, bad=worse))  # type: ignore[call-arg]
+    return settings
+
+
 def guidance_values(runs: Mapping[str, GuidedRun], judge: Judge | None) -> dict[str, Any]:
-    """What Fig. 6 and 7 show, as numbers: effects against no guidance, DG's own (alone, beside CFG), and costs."""
+    """What Fig. 6 and 7 show, as numbers: effects against no guidance, DG's own (alone, beside CFG), and costs.
+
+    "contrast.NAME" is DG alone minus no guidance ("none") or minus a control, and CFG + DG minus CFG ("cfg").
+    """
     effects = image_effects({name: run.images for name, run in runs.items()}, "none", judge)
     values: dict[str, Any] = summarise(effects)
     values |= {f"{name}.cost": run.cost_ratio for name, run in runs.items()}
     measures = [column for column in effects.columns if column not in ("setting", "image")]
-    for name, a, b in (("none", "DG", "none"), ("cfg", "CFG+DG", "CFG")):
+    controls = [name for name in ("blurred", "autoguidance") if name in runs]
+    pairs = [("none", "DG", "none"), ("cfg", "CFG+DG", "CFG"), *((name, "DG", name) for name in controls)]
+    for name, a, b in pairs:
         values |= {f"contrast.{name}.{m}": contrast(effects, a, b, m) for m in measures}
     if judge is not None:
         features = {name: judge.features(run.images) for name, run in runs.items()}
         values |= {f"{name}.frechet": judge.frechet(f) for name, f in features.items()}
-        values |= {
-            f"contrast.{name}.frechet": frechet_change(judge, features[a], features[b])
-            for name, a, b in (("none", "DG", "none"), ("cfg", "CFG+DG", "CFG"))
-        }
+        values |= {f"contrast.{name}.frechet": frechet_change(judge, features[a], features[b]) for name, a, b in pairs}
     return values
 
 

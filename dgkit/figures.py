@@ -1,10 +1,13 @@
 """The book's figures: from numbers to axes, no computing.
 
-Every function returns a closed figure, which a cell that ends with the call shows once.
+Every function returns a closed figure, which a cell that ends with the call shows once; `sliders` returns HTML.
 """
 
+import base64
+import io
 import textwrap
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -16,7 +19,9 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 from numpy.typing import ArrayLike, NDArray
+from PIL import Image
 
+from dgkit.errors import DgkitError
 from dgkit.stats import Interval
 
 WIDTH = 8.5  # inches: the text column of the page
@@ -33,6 +38,7 @@ LABELS = {
     "sharpness_ratio": "sharpness ratio\n(variance of the Laplacian)",
     "high_frequency_change": "change of\nhigh-frequency energy share",
     "agreement": "agreement with\nthe condition",
+    "agreement_change": "change of the\nagreement",
     "frechet": "Frechet distance\n(judge's features)",
     "frechet_change": "change of the\nFrechet distance",
     "is": "inception score\n(classifier)",
@@ -191,6 +197,51 @@ def image_rows(rows: Mapping[str, NDArray[np.uint8]], names: Sequence[str] = (),
     return figure
 
 
+def sliders(pair: Mapping[str, NDArray[np.uint8]], names: Sequence[str] = (), count: int = 4) -> Any:
+    """Two settings under one divider that the reader moves, image by image: HTML that holds its images.
+
+    Needs the scripts of the book's `_static`; without them the two images stand side by side.
+
+    Args:
+        pair: left and right of the divider, images (N, H, W, 3) each, under their labels.
+        names: of the images, for captions and alternative texts; numbers if there are none.
+        count: how many images, from the first.
+
+    Raises:
+        DgkitError: other than two settings, images of different shapes, or fewer names than images.
+    """
+    from IPython.display import HTML
+
+    shapes = {setting: images.shape for setting, images in pair.items()}
+    if len(pair) != 2 or len(set(shapes.values())) != 1:
+        raise DgkitError(f"pair={shapes}: a slider compares two settings, with as many images of the same shape")
+    length, _, width, _ = next(iter(shapes.values()))
+    names = names or [f"image {i + 1}" for i in range(length)]
+    if len(names) < min(count, length):
+        raise DgkitError(f"names={list(names)}: each of the {min(count, length)} images shown needs one")
+    # a whole number of screen pixels for each of a small image's
+    style = f"width: min(100%, {width * max(1, 160 // width)}px)"
+    sliders = [
+        f'<figure style="{style}"><img-comparison-slider keyboard="disabled">'
+        + "".join(
+            f'<div slot="{slot}">{_img(images[i], f"{setting}: {names[i]}")}<span>{escape(setting)}</span></div>'
+            for slot, (setting, images) in zip(("first", "second"), pair.items(), strict=True)
+        )
+        + f"</img-comparison-slider><figcaption>{escape(names[i])}</figcaption></figure>"
+        for i in range(min(count, length))
+    ]
+    return HTML(f'<div class="sliders">{"".join(sliders)}</div>')
+
+
+def _img(pixels: NDArray[np.uint8], alt: str) -> str:
+    """An image (H, W, 3) as an element that holds it, without loss."""
+    png = io.BytesIO()
+    Image.fromarray(pixels).save(png, "png")
+    rendering = ' style="image-rendering: pixelated"' if pixels.shape[1] < 64 else ""
+    source = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
+    return f'<img class="dark-light" alt="{escape(alt)}" src="{source}"{rendering}/>'
+
+
 def effects(summary: Mapping[str, Interval], settings: Sequence[str], columns: Sequence[str]) -> Figure:
     """One panel per measure, one point with its interval per setting."""
     figure, axes = plt.subplots(
@@ -242,6 +293,38 @@ def sweep(tables: Mapping[str, pd.DataFrame], measures: Sequence[str]) -> Figure
                 ax.set_ylabel(LABELS.get(measure, measure), fontsize=9)
             ax.grid(alpha=0.4)
         axes[-1, column].set_xlabel(name)
+    return _closed(figure)
+
+
+def regimes(table: pd.DataFrame) -> Figure:
+    """What zeroing k channels does (columns of `dgkit.regimes.sweep`): one row per choice of channels and steps.
+
+    One panel per measure, one line per block, with 95 % intervals.
+    """
+    measures = ["low_error", "high_error", "sharpness_ratio"] + ["agreement_change"] * ("agreement_change" in table)
+    rows = list(table.groupby(["channels", "steps"], sort=False))
+    colours = dict(zip(sorted(table["block"].unique()), COLOURS, strict=False))
+    figure, axes = plt.subplots(
+        len(rows), len(measures), figsize=(WIDTH, 1.75 * len(rows) + 0.5), sharex=True, sharey="col", squeeze=False
+    )
+    for line, ((channels, steps), part) in enumerate(rows):
+        for ax, measure in zip(axes[line], measures, strict=True):
+            for block, curve in part.groupby("block"):
+                ax.fill_between(
+                    curve["k"], curve[f"{measure}.low"], curve[f"{measure}.high"], color=colours[block], alpha=0.2, lw=0
+                )
+                ax.plot(curve["k"], curve[measure], "o-", color=colours[block], markersize=3, label=f"block {block}")
+            if measure in ("sharpness_ratio", "agreement_change"):
+                ax.axhline(int(measure == "sharpness_ratio"), color="black", linewidth=0.8, linestyle="--")
+            ax.set(xscale="log")
+            ax.xaxis.set(major_locator=FixedLocator(sorted(table["k"].unique())), major_formatter=PLAIN)
+            ax.xaxis.set_minor_locator(NullLocator())
+            if line == 0:
+                ax.set_title(LABELS.get(measure, measure), fontsize=8)
+        axes[line, 0].set_ylabel(f"{channels},\n{steps}", fontsize=9)
+    for ax in axes[-1]:
+        ax.set_xlabel("channels zeroed (k)", fontsize=9)
+    axes[0, 0].legend(frameon=False, fontsize=7)
     return _closed(figure)
 
 

@@ -91,7 +91,25 @@ def intervention(v: Values) -> str:
             f"; the judge finds what was asked for in {v['massive.agreement'].value:.0%} of them, against "
             f"{v['original.agreement'].value:.0%} of the originals"
         )
-    return text + "."
+    return text + f".{_controls_of_zeroing(v)}"
+
+
+def _controls_of_zeroing(v: Values) -> str:
+    """Each draw, the LayerNorms, and a part of the tokens: what the paper's one random control leaves open."""
+    if "draws.below" not in v:
+        return ""
+    text = f" It does more than {v['draws.below']} of {len(v['draws.high_error'])} random draws."
+    if "norm kept.high_error" in v:
+        way = _side(v["contrast.norm kept.high_error"], 0.0, "less", "more")
+        text += (
+            f" With the statistics of the later LayerNorms as they were, so that no other channel is scaled up, "
+            f"zeroing does {way} (high: {v['norm kept.high_error']:.3f})."
+        )
+    way = _side(v["half.contrast"], 0.0, "a larger", "a smaller")
+    return text + (
+        f" Zeroing them in the left half of the tokens alone leaves {way} error in the left half of the image "
+        f"({v['half.edited.high_error']:.3f}) than in the right ({v['half.other.high_error']:.3f})."
+    )
 
 
 def detail_guidance(v: Values) -> str:
@@ -113,8 +131,21 @@ def detail_guidance(v: Values) -> str:
         )
     return text + (
         f"; replaying the shared blocks costs {v['DG.cost']:.2f} (DG) and {v['CFG+DG.cost']:.2f} (CFG + DG) of the "
-        f"block evaluations of full passes."
+        f"block evaluations of full passes.{_controls_of_guidance(v)}"
     )
+
+
+def _controls_of_guidance(v: Values) -> str:
+    """Other worse models in the place of DG's, at the same w."""
+    names = {"blurred": "blurred attention", "autoguidance": "noise on all weights (autoguidance)"}
+    if "blurred.frechet" not in v:
+        return ""
+    changes = [
+        f"{name} {v[f'{key}.frechet'] - v['none.frechet']:+.2f} (DG minus it {v[f'contrast.{key}.frechet']:+.2f})"
+        for key, name in names.items()
+        if f"{key}.frechet" in v
+    ]
+    return f" Other worse models in DG's place, at the same w, change the Frechet distance by: {', '.join(changes)}."
 
 
 def ablations(v: Values) -> str:
@@ -125,7 +156,7 @@ def ablations(v: Values) -> str:
         f"{v['block.strongest'] + 1} of {v['blocks']}, {middle} block; the paper: intermediate ones), by a ratio of "
         f"{v['block.strongest_ratio']:.2f}, against {v['block.last_ratio']:.2f} at the last block; sharpness "
         f"{_trend(v['w.rank_correlation'])} with w and {_trend(v['lambda.rank_correlation'])} with lambda."
-        f"{_methods(v)}{_reuse(v)}"
+        f"{_methods(v)}{_reuse(v)}{_regimes(v)}"
     )
 
 
@@ -155,6 +186,23 @@ def _reuse(v: Values) -> str:
         f"{v['every 2nd step.reuse_cost']:.2f} times the cost of CFG and moves the images by "
         f"{v['every 2nd step.reuse_distance'].value:.2f} of what DG itself moves them."
     )
+
+
+def _regimes(v: Values) -> str:
+    """Whether both the paper's regime (detail only) and the later paper's (content lost) are visible."""
+
+    if "regimes.settings" not in v:
+        return ""
+
+    def of(channels: str) -> str:
+        at = v[f"regimes.{channels}.collapse_at"]
+        lost = v[f"regimes.{channels}.content lost"]
+        return (
+            f"detail only in {v[f'regimes.{channels}.detail only']} and the content in {lost} of {v['regimes.settings']} "
+            f"settings{f' (from k = {at} on)' if at else ''}"
+        )
+
+    return f" Zeroing the k largest channels of one block costs {of('largest')}; k random channels cost {of('random')}."
 
 
 def imagenet(v: Values) -> str:
@@ -200,12 +248,14 @@ class Part:
         key: the value it rests on; a model without it was not measured.
         holds: wants the whole interval on the claimed side where there is an interval.
         numbers: what was measured.
+        claims: the ids in `dgkit.paper.claims` that it tests; none for what the paper does not claim.
     """
 
     text: str
     key: str
     holds: Callable[[Values], bool]
     numbers: Callable[[Values], str]
+    claims: tuple[str, ...] = ()
 
     def outcome(self, values: Values) -> tuple[bool | None, str]:
         """Whether the part holds, None if it was not measured, and the numbers it rests on."""
@@ -251,12 +301,36 @@ def outcomes(name: str) -> pd.DataFrame:
     return pd.DataFrame(columns, index=[*(part.text for part in CLAIMS[name]), "verdict"])
 
 
-def _kept(text: str, key: str) -> Part:
-    return Part(text, key, lambda v: v[key].low > -0.05, lambda v: f"agreement {v[key]:+.2f}")
+def _kept(text: str, key: str, *claims: str) -> Part:
+    return Part(text, key, lambda v: v[key].low > -0.05, lambda v: f"agreement {v[key]:+.2f}", claims)
 
 
 def _least_at_last(v: Values) -> bool:
     return bool(np.abs(np.log(v["block.sharpness_ratio"][:, 1])).argmin() == v["blocks"] - 1)
+
+
+def _others(v: Values) -> dict[str, float]:
+    """The change of the Frechet distance against CFG by every other method at equal cost."""
+    changes = {key.removesuffix(".frechet_change"): v[key].value for key in v if key.endswith(".frechet_change")}
+    return {name: change for name, change in changes.items() if name not in ("CFG + DG", "none")}
+
+
+def _best_other(v: Values) -> str:
+    others = _others(v)
+    best = min(others, key=lambda name: others[name])
+    return f"{best} {others[best]:+.2f}"
+
+
+def _raised(kind: str, score: str, text: str, claim: str) -> Part:
+    """DG raises a score of Table 6 beyond the spread of the seed blocks, which are the ends of its intervals."""
+    plain, guided = f"{kind}.{score}", f"{kind}+DG.{score}"
+    return Part(
+        text,
+        guided,
+        lambda v: v[guided].low > v[plain].high,
+        lambda v: f"{v[guided]:.2f} against {v[plain]:.2f}",
+        (claim,),
+    )
 
 
 CLAIMS: dict[str, list[Part]] = {
@@ -266,18 +340,21 @@ CLAIMS: dict[str, list[Part]] = {
             "blocks_with_massive",
             lambda v: v["blocks_with_massive"] == v["blocks"],
             lambda v: f"{v['blocks_with_massive']} of {v['blocks']} blocks, ratio up to {v['largest.ratio']:.1f}",
+            ("4.1a", "B"),
         ),
         Part(
-            "at fixed dims (massive in more than half of the blocks)",
+            "massive channels at fixed dims (massive in more than half of the blocks)",
             "fixed_dims",
             lambda v: len(v["fixed_dims"]) > 0,
             lambda v: _listed(v["fixed_dims"]) if len(v["fixed_dims"]) else "none",
+            ("4.1d",),
         ),
         Part(
-            "in at least 90 % of the image tokens",
+            "the largest channel is massive in at least 90 % of the image tokens",
             "largest.token_share",
             lambda v: v["largest.token_share"] >= 0.9,
-            lambda v: f"the largest in {v['largest.token_share']:.0%}",
+            lambda v: f"in {v['largest.token_share']:.0%}",
+            ("4.1e",),
         ),
     ],
     "02_timestep_vs_text": [
@@ -286,24 +363,28 @@ CLAIMS: dict[str, list[Part]] = {
             "share.condition",
             lambda v: v["share.timestep"].low > v["share.condition"].high,
             lambda v: f"{v['share.timestep']:.2f} against {v['share.condition']:.2f}",
+            ("4.1h",),
         ),
         Part(
             "the condition has minimal impact (less than a tenth of the variance)",
             "share.condition",
             lambda v: v["share.condition"].high < 0.1,
             lambda v: f"{v['share.condition']:.2f}",
+            ("4.1g", "Cc"),
         ),
         Part(
             "the magnitude grows towards the image",
             "trend",
             lambda v: v["trend"].low > 1,
             lambda v: f"times {v['trend']:.2f}",
+            ("4.1i", "Cb"),
         ),
         Part(
             "most residual gates peak at z's largest channel",
             "gates.same_largest",
             lambda v: 2 * v["gates.same_largest"] > v["gates.count"],
             lambda v: f"{v['gates.same_largest']} of {v['gates.count']} gates",
+            ("4.1f", "Ca"),
         ),
     ],
     "03_intervention": [
@@ -312,25 +393,37 @@ CLAIMS: dict[str, list[Part]] = {
             "massive.high_error",
             lambda v: v["massive.high_error"].low > v["massive.low_error"].high,
             lambda v: f"error {v['massive.high_error']:.2f} against {v['massive.low_error']:.2f}",
+            ("4.2c", "Da"),
         ),
         Part(
-            "more than with as many random channels",
+            "high spatial frequencies change more than with as many random channels",
             "contrast.random.high_error",
             lambda v: v["contrast.random.high_error"].low > 0,
             lambda v: f"{v['contrast.random.high_error']:+.2f}",
+            ("Dc",),
+        ),
+        Part(
+            "as many random channels leave the images almost as they were (relative error below 0.05)",
+            "random.high_error",
+            lambda v: v["random.high_error"].high < 0.05,
+            lambda v: f"error {v['random.high_error']:.2f}",
+            ("Db",),
         ),
         Part(
             "images become smoother",
             "massive.sharpness_ratio",
             lambda v: v["massive.sharpness_ratio"].high < 1,
             lambda v: f"sharpness times {v['massive.sharpness_ratio']:.2f}",
+            ("4.2c", "4.3a", "Da"),
         ),
-        _kept("fewer than 5 % of the images lose what was asked for", "contrast.original.agreement"),
+        _kept("fewer than 5 % of the images lose what was asked for", "contrast.original.agreement", "4.2a", "4.2b"),
         Part(
-            "more than with other channels of the same magnitude (a control that the paper lacks)",
+            "high spatial frequencies change more than with other channels of the same magnitude "
+            "(a control that the paper lacks)",
             "contrast.matched.high_error",
             lambda v: v["contrast.matched.high_error"].low > 0,
             lambda v: f"{v['contrast.matched.high_error']:+.2f}",
+            ("Dc",),
         ),
     ],
     "04_detail_guidance": [
@@ -339,26 +432,58 @@ CLAIMS: dict[str, list[Part]] = {
             "DG.high_frequency_change",
             lambda v: v["DG.high_frequency_change"].low > 0,
             lambda v: f"share {v['DG.high_frequency_change']:+.4f}",
+            ("4.3b", "5.2b"),
         ),
         Part(
-            "DG beside CFG adds it too",
+            "DG beside CFG adds high-frequency energy",
             "contrast.cfg.high_frequency_change",
             lambda v: v["contrast.cfg.high_frequency_change"].low > 0,
             lambda v: f"share {v['contrast.cfg.high_frequency_change']:+.4f}",
+            ("4.3d", "5.2f"),
         ),
         _kept("fewer than 5 % of the images lose what was asked for by DG alone", "contrast.none.agreement"),
-        _kept("nor by DG beside CFG", "contrast.cfg.agreement"),
+        _kept("fewer than 5 % of the images lose what was asked for by DG beside CFG", "contrast.cfg.agreement"),
         Part(
             "DG alone brings the images closer to real ones (Frechet distance)",
             "contrast.none.frechet",
             lambda v: v["contrast.none.frechet"].high < 0,
             lambda v: f"{v['contrast.none.frechet']:+.2f}, from {v['none.frechet']:.2f}",
+            ("5.2b",),
         ),
         Part(
-            "and so does DG beside CFG",
+            "DG beside CFG brings the images closer to real ones (Frechet distance)",
             "contrast.cfg.frechet",
             lambda v: v["contrast.cfg.frechet"].high < 0,
             lambda v: f"{v['contrast.cfg.frechet']:+.2f}, from {v['CFG.frechet']:.2f}",
+            ("4.3d", "5.2f"),
+        ),
+        Part(
+            "DG alone finds what was asked for in more of the images",
+            "contrast.none.agreement",
+            lambda v: v["contrast.none.agreement"].low > 0,
+            lambda v: f"agreement {v['contrast.none.agreement']:+.2f}",
+            ("5.2a",),
+        ),
+        Part(
+            "DG alone changes high spatial frequencies more than low ones",
+            "DG.high_error",
+            lambda v: v["DG.high_error"].low > v["DG.low_error"].high,
+            lambda v: f"error {v['DG.high_error']:.2f} against {v['DG.low_error']:.2f}",
+            ("5.2c",),
+        ),
+        Part(
+            "DG alone adds more high-frequency energy than CFG alone",
+            "CFG.high_frequency_change",
+            lambda v: v["DG.high_frequency_change"].low > v["CFG.high_frequency_change"].high,
+            lambda v: f"share {v['DG.high_frequency_change']:+.4f} against {v['CFG.high_frequency_change']:+.4f}",
+            ("5.2d",),
+        ),
+        Part(
+            "CFG finds what was asked for in more of the images than DG does",
+            "CFG.agreement",
+            lambda v: v["CFG.agreement"].low > v["DG.agreement"].high,
+            lambda v: f"{v['CFG.agreement']:.0%} against {v['DG.agreement']:.0%}",
+            ("5.2e",),
         ),
     ],
     "05_ablations": [
@@ -367,12 +492,35 @@ CLAIMS: dict[str, list[Part]] = {
             "block.strongest",
             lambda v: 0 < v["block.strongest"] < v["blocks"] - 1,
             lambda v: f"block {v['block.strongest']} of 0 to {v['blocks'] - 1}",
+            ("5.3a",),
         ),
         Part(
-            "and least at the last",
+            "DG acts least at the last block",
             "block.last_ratio",
             _least_at_last,
             lambda v: f"sharpness times {v['block.last_ratio']:.2f} there",
+            ("5.3b",),
+        ),
+        Part(
+            "what was asked for is found as often at every w of the sweep as without DG",
+            "w.agreement",
+            lambda v: bool((v["w.agreement"][:, 3] >= v["w.agreement"][0, 2]).all()),  # columns: w, value, low, high
+            lambda v: "agreement " + ", ".join(f"{row[1]:.0%} (w = {row[0]:g})" for row in v["w.agreement"]),
+            ("5.3c",),
+        ),
+        Part(
+            "at the cost of CFG, CFG + DG comes closer to real images than CFG (Frechet distance)",
+            "CFG + DG.frechet_change",
+            lambda v: v["CFG + DG.frechet_change"].high < 0,
+            lambda v: f"{v['CFG + DG.frechet_change']:+.2f}, from {v['CFG.frechet']:.2f}",
+            ("5.2h",),
+        ),
+        Part(
+            "at the cost of CFG, CFG + DG comes closer to real images than every other method",
+            "CFG + DG.frechet_change",
+            lambda v: v["CFG + DG.frechet_change"].high < min(_others(v).values()),
+            lambda v: f"{v['CFG + DG.frechet_change']:+.2f}; {_best_other(v)}",
+            ("5.2h",),
         ),
     ],
     "06_imagenet": [
@@ -381,12 +529,18 @@ CLAIMS: dict[str, list[Part]] = {
             "uncond.frechet_change",
             lambda v: v["uncond.frechet_change"].high < 0,
             lambda v: f"{v['uncond.frechet_change']:+.2f}",
+            ("Ha",),
         ),
         Part(
-            "and the conditional one",
+            "DG lowers the conditional Frechet distance, in every seed block",
             "cond.frechet_change",
             lambda v: v["cond.frechet_change"].high < 0,
             lambda v: f"{v['cond.frechet_change']:+.2f}",
+            ("Hb",),
         ),
+        _raised("uncond", "is", "DG raises the unconditional Inception Score", "Ha"),
+        _raised("cond", "is", "DG raises the conditional Inception Score", "Hb"),
+        _raised("uncond", "precision", "DG raises the unconditional precision", "Ha"),
+        _raised("cond", "precision", "DG raises the conditional precision", "Hb"),
     ],
 }

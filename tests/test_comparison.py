@@ -126,7 +126,7 @@ def test_frechet_needs_enough_images_and_is_paired_with_cfg(pipe: Any) -> None:
 def test_noisy_copy_is_worse_by_the_stated_amount_and_leaves_the_model_alone() -> None:
     model = build("dit")
     before = {name: value.clone() for name, value in model.named_parameters()}
-    noisy = dict(comparison.noisy_copy(model, seed=1).named_parameters())
+    noisy = dict(experiments.noisy_copy(model, seed=1).named_parameters())
     assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
     large = "transformer_blocks.0.norm1.linear.weight"
     added = (noisy[large] - before[large]).detach()
@@ -205,6 +205,7 @@ def test_cfg_zero_has_its_zero_step_where_the_velocity_is_predicted(pipe: Any) -
 
 
 def test_large_models_are_not_copied(monkeypatch: pytest.MonkeyPatch, pipe: Any) -> None:
-    monkeypatch.setattr(comparison, "LARGEST_COPY", 1_000)
-    monkeypatch.setattr(comparison, "noisy_copy", lambda *_: pytest.fail("copied"))
+    monkeypatch.setattr(experiments, "LARGEST_COPY", 1_000)
+    monkeypatch.setattr(experiments, "noisy_copy", lambda *_: pytest.fail("copied"))
     assert "CFG + autoguidance" not in entries(pipe, 4.0, 2, [7], 0)
+    assert list(experiments.control_settings(pipe, 1.0, 0)) == ["blurred"]

@@ -14,11 +14,12 @@ from scipy.spatial.distance import cdist
 from scipy.special import softmax
 
 import dgkit
-from dgkit import experiments, zoo
+from dgkit import experiments, guidance, zoo
 from dgkit.anatomy import dissect
 from dgkit.errors import DgkitError
 from dgkit.experiments import GuidedRun, Setting
 from dgkit.generate import generate
+from dgkit.guidance import METHODS
 from dgkit.massive import Massive
 from dgkit.metrics.classifier import fashion_classifier
 from dgkit.metrics.judges import FashionJudge, Judge
@@ -368,12 +369,16 @@ def test_intervene_equals_edits_by_hand(monkeypatch, pipe, run):
     monkeypatch.setattr(experiments, "disrupt", watched)
     images = experiments.intervene(pipe, run, block=BLOCK, dims=DIMS, matched=[1, 2, 4], draws=4, seed=9)
     draws = [f"random {k}" for k in range(1, 5)]
-    assert list(images) == ["original", "massive", "mean", "matched", *draws]
+    assert list(images) == ["original", "massive", "left half", "norm kept", "mean", "matched", *draws]
     assert np.array_equal(images["original"], plain) and np.array_equal(run.images(pipe), plain)
     assert np.array_equal(images["massive"], hooked(pipe, run, zero(DIMS)))
     assert np.array_equal(images["mean"], hooked(pipe, run, to_mean))
     assert np.array_equal(images["matched"], hooked(pipe, run, zero([1, 2, 4])))
-    drawn = [edits[i].dims for i in range(3, 7)]
+    half = experiments.left_half(pipe, run)
+    for name, options in (("left half", {"tokens": half}), ("norm kept", {"keep_norm": True})):
+        with original_disrupt(pipe, block=BLOCK, dims=DIMS, **options):
+            assert np.array_equal(images[name], run.images(pipe))
+    drawn = [edits[i].dims for i in range(5, 9)]
     for name, dims in zip(draws, drawn, strict=True):
         assert len(set(dims)) == len(DIMS) and not set(dims) & set(DIMS)
         assert np.array_equal(images[name], hooked(pipe, run, zero(dims)))
@@ -491,6 +496,30 @@ def test_summary_and_contrast_by_hand():
     assert experiments.contrast(effects, "b", "a", "m") == Interval(-2.0, -2.0, -2.0)
 
 
+def test_left_half_of_the_tokens(pipe, run):
+    with dgkit.record(pipe, keep=[0]) as trace:
+        run.first(1).images(pipe)
+    side = int(trace.tensors(0).shape[1] ** 0.5)
+    grid = np.arange(side * side).reshape(side, side)
+    assert experiments.left_half(pipe, run) == grid[:, : side // 2].ravel().tolist()
+
+
+def test_effect_of_an_edit_on_both_halves_of_the_image(pipe, run):
+    original = random_images()
+    edited = original.copy()
+    edited[:, :, :14] = 0  # everything is lost on the left, nothing on the right
+    values = experiments.half_values(pipe, run, {"original": original, "left half": edited})
+    assert values["half.edited.high_error"].value == pytest.approx(1)
+    assert values["half.other.high_error"].value == 0 and values["half.contrast"].value == pytest.approx(1)
+
+
+def test_massive_channels_against_each_draw():
+    original = random_images()
+    images = {"original": original, "massive": halved(original), "random 1": original, "random 2": original * 0}
+    values = experiments.draw_values(images)  # half the brightness leaves a quarter of the energy as error
+    assert values["draws.high_error"] == pytest.approx([0, 1]) and values["draws.below"] == 1
+
+
 def test_intervention_values():
     effects = experiments.image_effects(with_draws(), "original")
     values = experiments.intervention_values(effects, matched=(4, 5))
@@ -575,6 +604,22 @@ def test_guidance_values():
     assert values["none.sharpness_ratio"] == Interval(1.0, 1.0, 1.0)
     assert values["contrast.cfg.sharpness_ratio"].value == pytest.approx(1 - 0)
     assert values["contrast.cfg.high_error"].value == pytest.approx(0 - 1)
+
+
+def test_controls_of_detail_guidance(pipe, run):
+    settings = experiments.control_settings(pipe, 1.5, seed=3)
+    runs = experiments.guide_all(pipe, run, settings)
+    with guidance.guide(pipe, METHODS["seg"](scale=1.5)):
+        assert np.array_equal(runs["blurred"].images, run.images(pipe, 1.0))
+    worse = experiments.noisy_copy(pipe.transformer, 3)
+    with guidance.guide(pipe, METHODS["autoguidance"](scale=1.5, bad=worse)):
+        assert np.array_equal(runs["autoguidance"].images, run.images(pipe, 1.0))
+    images = random_images()
+    runs = {name: GuidedRun(images) for name in ("none", "CFG", "CFG+DG", "blurred", "autoguidance")}
+    runs["DG"], runs["blurred"] = GuidedRun(images // 2 * 0), GuidedRun(halved(images))
+    values = experiments.guidance_values(runs, None)
+    assert values["contrast.blurred.sharpness_ratio"].value == pytest.approx(0 - 0.25)
+    assert values["contrast.autoguidance.sharpness_ratio"].value == pytest.approx(0 - 1)
 
 
 def test_guidance_values_of_a_judge():

@@ -290,6 +290,7 @@ HOLDS: dict[str, dict[str, Any]] = {
     "03_intervention": {
         "massive.high_error": Interval(0.5, 0.4, 0.6),
         "massive.low_error": Interval(0.1, 0.05, 0.2),
+        "random.high_error": Interval(0.03, 0.02, 0.04),
         "contrast.random.high_error": Interval(0.2, 0.1, 0.3),
         "contrast.matched.high_error": Interval(0.2, 0.1, 0.3),
         "massive.sharpness_ratio": Interval(0.7, 0.6, 0.8),
@@ -298,7 +299,12 @@ HOLDS: dict[str, dict[str, Any]] = {
     "04_detail_guidance": {
         "DG.high_frequency_change": Interval(0.2, 0.1, 0.3),
         "contrast.cfg.high_frequency_change": Interval(0.2, 0.1, 0.3),
-        "contrast.none.agreement": Interval(0.1, 0.0, 0.2),
+        "DG.high_error": Interval(0.5, 0.4, 0.6),
+        "DG.low_error": Interval(0.1, 0.05, 0.2),
+        "DG.agreement": Interval(0.7, 0.65, 0.75),
+        "CFG.high_frequency_change": Interval(-0.3, -0.4, -0.2),
+        "CFG.agreement": Interval(0.8, 0.76, 0.84),
+        "contrast.none.agreement": Interval(0.1, 0.01, 0.2),
         "contrast.cfg.agreement": Interval(-0.01, -0.04, 0.02),
         "contrast.none.frechet": Interval(-1, -2, -0.5),
         "contrast.cfg.frechet": Interval(-1, -2, -0.5),
@@ -310,8 +316,25 @@ HOLDS: dict[str, dict[str, Any]] = {
         "block.strongest": 1,
         "block.last_ratio": 1.02,
         "block.sharpness_ratio": np.array([[0, 1.2, 1, 2], [1, 1.5, 1, 2], [2, 1.0234567891, 1, 2]]),
+        "w.agreement": np.array([[0, 0.8, 0.7, 0.9], [0.5, 0.7, 0.6, 0.8], [1, 0.65, 0.55, 0.71]]),
+        "CFG.frechet": 3.5,
+        "CFG.frechet_change": Interval(0, 0, 0),
+        "none.frechet_change": Interval(-9, -9, -9),
+        "APG.frechet_change": Interval(-0.5, -0.8, -0.2),
+        "CFG + DG.frechet_change": Interval(-1, -1.4, -0.6),
     },
-    "06_imagenet": {"uncond.frechet_change": Interval(-2, -3, -1), "cond.frechet_change": Interval(-2, -3, -1)},
+    "06_imagenet": {
+        "uncond.frechet_change": Interval(-2, -3, -1),
+        "cond.frechet_change": Interval(-2, -3, -1),
+        "uncond.is": Interval(4, 3, 5),
+        "uncond+DG.is": Interval(6, 5.1, 7),
+        "cond.is": Interval(6, 5, 7),
+        "cond+DG.is": Interval(8, 7.1, 9),
+        "uncond.precision": Interval(0.5, 0.4, 0.6),
+        "uncond+DG.precision": Interval(0.7, 0.61, 0.8),
+        "cond.precision": Interval(0.6, 0.5, 0.7),
+        "cond+DG.precision": Interval(0.8, 0.71, 0.9),
+    },
 }
 FAILS: list[tuple[str, str, Any]] = [
     ("01_layer_properties", "blocks_with_massive", 7),
@@ -334,6 +357,17 @@ FAILS: list[tuple[str, str, Any]] = [
     ("05_ablations", "block.sharpness_ratio", np.array([[0, 1.05, 1, 2], [1, 1.5, 1, 2], [2, 1.1, 1, 2]])),
     ("05_ablations", "block.sharpness_ratio", np.array([[0, 1.05, 1, 2], [1, 1.5, 1, 2], [2, 0.6, 0, 2]])),
     ("06_imagenet", "cond.frechet_change", Interval(-2, -3, 0.5)),
+    ("03_intervention", "random.high_error", Interval(0.04, 0.03, 0.06)),
+    ("04_detail_guidance", "contrast.none.agreement", Interval(0.1, 0.0, 0.2)),
+    ("04_detail_guidance", "DG.low_error", Interval(0.1, 0.05, 0.45)),
+    ("04_detail_guidance", "CFG.high_frequency_change", Interval(0.05, 0.01, 0.15)),
+    ("04_detail_guidance", "CFG.agreement", Interval(0.8, 0.72, 0.88)),
+    ("05_ablations", "w.agreement", np.array([[0, 0.8, 0.7, 0.9], [0.5, 0.6, 0.5, 0.69], [1, 0.8, 0.7, 0.9]])),
+    ("05_ablations", "APG.frechet_change", Interval(-0.7, -0.8, -0.5)),
+    ("06_imagenet", "uncond+DG.is", Interval(6, 4.9, 7)),
+    ("06_imagenet", "cond+DG.is", Interval(6, 4.9, 7)),
+    ("06_imagenet", "uncond+DG.precision", Interval(0.7, 0.59, 0.8)),
+    ("06_imagenet", "cond+DG.precision", Interval(0.7, 0.69, 0.8)),
 ]
 
 
@@ -369,7 +403,7 @@ def test_nothing_that_holds_is_not_reproduced() -> None:
 def test_what_was_not_measured_does_not_count() -> None:
     values = {k: v for k, v in HOLDS["04_detail_guidance"].items() if "high_frequency" in k}
     word, parts = findings.verdict("04_detail_guidance", values)
-    assert word == "reproduced" and sum("not measured" in part for part in parts) == 4
+    assert word == "reproduced" and sum("not measured" in part for part in parts) == 7
 
 
 def test_models_side_by_side(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
@@ -383,13 +417,13 @@ def test_models_side_by_side(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> 
         result.update(values)
         result.save()
     table = findings.outcomes(name)
-    assert list(table.columns) == ["tiny-dit", "flux-dev"] and len(table) == 7
+    assert list(table.columns) == ["tiny-dit", "flux-dev"] and len(table) == 11
     assert table["tiny-dit"].iloc[0] == f"does not hold: share {UNDECIDED:+.4f}"
     assert [cell.split(":")[0] for cell in table["tiny-dit"]] == [
-        "does not hold", *["holds"] * 5, "5 of 6 parts reproduced"
+        "does not hold", *["holds"] * 9, "9 of 10 parts reproduced"
     ]  # fmt: skip
     assert [cell.split(":")[0] for cell in table["flux-dev"]] == [
-        *["holds"] * 2, *["not measured"] * 4, "reproduced"
+        *["holds"] * 2, *["not measured"] * 6, "holds", "not measured", "reproduced"
     ]  # fmt: skip
     assert findings.outcomes("06_imagenet").empty
     with pd.option_context("display.max_colwidth", 10):
