@@ -324,7 +324,7 @@ def regimes(table: pd.DataFrame) -> Figure:
         axes[line, 0].set_ylabel(f"{channels},\n{steps}", fontsize=9)
     for ax in axes[-1]:
         ax.set_xlabel("channels zeroed (k)", fontsize=9)
-    axes[0, 0].legend(frameon=False, fontsize=7)
+    axes[0, -1].legend(frameon=False, fontsize=7, bbox_to_anchor=(1, 1), loc="upper left")
     return _closed(figure)
 
 

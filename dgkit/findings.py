@@ -196,11 +196,9 @@ def _regimes(v: Values) -> str:
 
     def of(channels: str) -> str:
         at = v[f"regimes.{channels}.collapse_at"]
-        lost = v[f"regimes.{channels}.content lost"]
-        return (
-            f"detail only in {v[f'regimes.{channels}.detail only']} and the content in {lost} of {v['regimes.settings']} "
-            f"settings{f' (from k = {at} on)' if at else ''}"
-        )
+        detail, lost = (v[f"regimes.{channels}.{regime}"] for regime in ("detail only", "content lost"))
+        since = f" (from k = {at} on)" if at else ""
+        return f"detail only in {detail} and the content in {lost} of {v['regimes.settings']} settings{since}"
 
     return f" Zeroing the k largest channels of one block costs {of('largest')}; k random channels cost {of('random')}."
 
