@@ -264,13 +264,14 @@ def reuse_values(
             images[name] = run.images(pipe)
         values[f"{name}.reuse_cost"] = guidance.cost.block_evaluations / alone
     full = images["every step"]
-    moved = _distance(plain, full)
+    moved = distance(plain, full)
     for name, batch in images.items():
-        values[f"{name}.reuse_distance"] = stats.bootstrap(_distance(batch, full) / moved.mean())
+        values[f"{name}.reuse_distance"] = stats.bootstrap(distance(batch, full) / moved.mean())
     return values
 
 
-def _distance(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> NDArray[np.float64]:
+def distance(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> NDArray[np.float64]:
+    """Root mean square difference of each pair of images, (N,)."""
     return np.sqrt(((a.astype(float) - b) ** 2).mean((1, 2, 3)))
 
 

@@ -63,6 +63,14 @@ def _stems(ax: Axes, values: NDArray[Any], dims: Sequence[int], colour: Any = OT
     ax.set_xlim(-1, len(values))
 
 
+def whole_cells(table: pd.DataFrame, index: bool = True) -> Any:
+    """A table for a page with whole sentences in its cells, where pandas would cut them off."""
+    from IPython.display import HTML
+
+    with pd.option_context("display.max_colwidth", None):
+        return HTML(table.to_html(index=index))
+
+
 def channel_profiles(mean_abs: ArrayLike, blocks: Sequence[int], dims: Sequence[int], ratio: float) -> Figure:
     """Fig. 2: mean |z| of every channel at some blocks, with the median and the detection threshold."""
     table = np.asarray(mean_abs)

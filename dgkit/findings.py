@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from dgkit import figures, readings
 from dgkit.results import references
 from dgkit.stats import Interval
 
@@ -227,6 +229,17 @@ def _efficientnet(v: Values) -> str:
     return f", and with EfficientNet-Lite0's features of {v['efficientnet_count']} images it goes {' and '.join(pairs)}"
 
 
+def ambiguities(v: Values) -> str:
+    """How far each other reading of the paper takes the images from this book's reading."""
+    named = {key.removesuffix(".distance"): v[key] for key in v if key.endswith(".distance")}
+    others = sorted((n for n in named if n not in (readings.CFG, readings.OURS)), key=lambda n: -named[n].value)
+    listed = ", ".join(f"{name} {named[name]:.2f}" for name in others)
+    return (
+        f"On {v['model']}, beside CFG, the images of the other readings differ from those of this book's reading by "
+        f"these shares of what DG itself changes: {listed}."
+    )
+
+
 FINDINGS: dict[str, Callable[[Values], str]] = {
     "01_layer_properties": layer_properties,
     "02_timestep_vs_text": timestep_vs_text,
@@ -234,6 +247,7 @@ FINDINGS: dict[str, Callable[[Values], str]] = {
     "04_detail_guidance": detail_guidance,
     "05_ablations": ablations,
     "06_imagenet": imagenet,
+    "07_ambiguities": ambiguities,
 }
 
 
@@ -259,6 +273,35 @@ class Part:
         """Whether the part holds, None if it was not measured, and the numbers it rests on."""
         return (self.holds(values), self.numbers(values)) if self.key in values else (None, "")
 
+    def word(self, values: Values) -> str:
+        """The outcome in words.
+
+        Returns:
+            "holds"; "undecided" if it does not, but would with all intervals that it rests on at some of their ends;
+            "does not hold"; "not measured".
+        """
+        if self.key not in values:
+            return "not measured"
+        used = _Used(values)
+        if self.holds(used):
+            return "holds"
+        intervals = {key: values[key] for key in used.keys_read if isinstance(values[key], Interval)}
+        ends = product(*([Interval(end, end, end) for end in (i.low, i.high)] for i in intervals.values()))
+        possible = any(self.holds({**values, **dict(zip(intervals, chosen, strict=True))}) for chosen in ends)
+        return "undecided" if possible else "does not hold"
+
+
+class _Used(dict[str, Any]):
+    """Values that remember which were asked for."""
+
+    def __init__(self, values: Values) -> None:
+        super().__init__(values)
+        self.keys_read: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self.keys_read.add(key)
+        return super().__getitem__(key)
+
 
 def verdict(name: str, values: Values) -> tuple[str, list[str]]:
     """The verdict on one chapter's claim, and a line for each of its parts.
@@ -266,26 +309,20 @@ def verdict(name: str, values: Values) -> tuple[str, list[str]]:
     Returns:
         "reproduced" when every measured part holds, "not reproduced" when none does, else how many of them do.
     """
-    outcomes = [part.outcome(values) for part in CLAIMS[name]]
-    measured = [holds for holds, _ in outcomes if holds is not None]
+    outcomes = [(part.word(values), part.outcome(values)[1]) for part in CLAIMS[name]]
+    measured = [word == "holds" for word, _ in outcomes if word != "not measured"]
     held = sum(measured)
     word = "reproduced" if held == len(measured) else f"{held} of {len(measured)} parts reproduced"
     lines = [
-        f"{part.text}: **{_WORDS[holds]}**{f' ({numbers})' if numbers else ''}"
-        for part, (holds, numbers) in zip(CLAIMS[name], outcomes, strict=True)
+        f"{part.text}: **{found}**{f' ({numbers})' if numbers else ''}"
+        for part, (found, numbers) in zip(CLAIMS[name], outcomes, strict=True)
     ]
     return word if held else "not reproduced", lines
 
 
-_WORDS = {True: "holds", False: "does not hold", None: "not measured"}
-
-
 def across_models(name: str) -> Any:
-    """`outcomes(name)` for a page, with whole sentences in its cells, where pandas would cut them off."""
-    from IPython.display import HTML
-
-    with pd.option_context("display.max_colwidth", None):
-        return HTML(outcomes(name).to_html())
+    """`outcomes(name)` for a page."""
+    return figures.whole_cells(outcomes(name))
 
 
 def outcomes(name: str) -> pd.DataFrame:
@@ -293,8 +330,8 @@ def outcomes(name: str) -> pd.DataFrame:
     columns = {}
     for model, record in references(name).items():
         values = record.decoded()
-        parts = [part.outcome(values) for part in CLAIMS[name]]
-        cells = [f"{_WORDS[holds]}: {numbers}" if numbers else _WORDS[holds] for holds, numbers in parts]
+        parts = [(part.word(values), part.outcome(values)[1]) for part in CLAIMS[name]]
+        cells = [f"{word}: {numbers}" if numbers else word for word, numbers in parts]
         columns[model] = [*cells, verdict(name, values)[0]]
     return pd.DataFrame(columns, index=[*(part.text for part in CLAIMS[name]), "verdict"])
 
@@ -309,7 +346,7 @@ def _least_at_last(v: Values) -> bool:
 
 def _others(v: Values) -> dict[str, float]:
     """The change of the Frechet distance against CFG by every other method at equal cost."""
-    changes = {key.removesuffix(".frechet_change"): v[key].value for key in v if key.endswith(".frechet_change")}
+    changes = {key.removesuffix(".frechet_change"): c.value for key, c in v.items() if key.endswith(".frechet_change")}
     return {name: change for name, change in changes.items() if name not in ("CFG + DG", "none")}
 
 

@@ -32,6 +32,7 @@ NOTEBOOKS = {
     "detail-guidance": "04_detail_guidance.ipynb",
     "ablations": "05_ablations.ipynb",
     "imagenet": "06_imagenet.ipynb",
+    "ambiguities": "07_ambiguities.ipynb",
 }
 """Short names and files, in the book's order."""
 
@@ -152,6 +153,15 @@ def reference_parameters(name: str, model: str | None = None) -> dict[str, Any]:
         raise DgkitError(f"{path} has no table [{name}]")
     own = table[name].get(model or _default_model(path.with_name(NOTEBOOKS[name])), {})
     return {key: value for key, value in table[name].items() if not isinstance(value, dict)} | own
+
+
+def default_model(name: str) -> str:
+    """The model that a notebook runs on unless told otherwise.
+
+    Raises:
+        DgkitError: `name` is unknown.
+    """
+    return _default_model(_source(name))
 
 
 def _default_model(source: Path) -> str:

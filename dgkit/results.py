@@ -109,7 +109,7 @@ class Result:
         """
         from IPython.display import display
 
-        from dgkit.findings import verdict
+        from dgkit.findings import CLAIMS, verdict
         from dgkit.zoo import MODELS
 
         glued = dict(self.values)
@@ -118,7 +118,7 @@ class Result:
             measured = reference.decoded()
             glued |= {f"reference.{key}": value for key, value in measured.items()}
         others = references(self.name)
-        for model in (name for name, row in MODELS.items() if row.source is None):
+        for model in (name for name, row in MODELS.items() if row.source is None and self.name in CLAIMS):
             found = others.get(model)
             glued[f"verdict.{model}"] = verdict(self.name, found.decoded())[0] if found else "not run"
         for key, value in glued.items():
@@ -136,10 +136,13 @@ class Result:
                 )
 
     def conclude(self) -> Any:
-        """Save, and return as Markdown the chapter's finding: of this run, and with a verdict of the reference run."""
+        """Save, and return as Markdown the chapter's finding: of this run, and of the reference run.
+
+        Where the paper claims something in the chapter's section, the latter comes with a verdict.
+        """
         from IPython.display import Markdown
 
-        from dgkit.findings import FINDINGS, verdict
+        from dgkit.findings import CLAIMS, FINDINGS, verdict
 
         sentence = FINDINGS[self.name]
         self["finding"] = sentence(self.values | self.parameters)
@@ -150,14 +153,17 @@ class Result:
             commit = (reference.provenance["commit"] or "unknown")[:10]
             if reference.provenance["dirty"]:
                 commit += " with uncommitted changes"
-            word, parts = verdict(self.name, measured)
-            paragraphs += [
-                f"**Reference run.** {sentence(measured | reference.parameters)}",
-                f"**Verdict on this model: {word}.** The paper's claim, part by part, by the reference run:",
-                "\n".join(f"* {part}" for part in parts),
+            paragraphs.append(f"**Reference run.** {sentence(measured | reference.parameters)}")
+            if self.name in CLAIMS:
+                word, parts = verdict(self.name, measured)
+                paragraphs += [
+                    f"**Verdict on this model: {word}.** The paper's claim, part by part, by the reference run:",
+                    "\n".join(f"* {part}" for part in parts),
+                ]
+            paragraphs.append(
                 f"Reference run: `{reference.provenance['command']}` at commit {commit}, "
-                f"{reference.provenance['wall_seconds']:.0f} s on {reference.provenance['device']}.",
-            ]
+                f"{reference.provenance['wall_seconds']:.0f} s on {reference.provenance['device']}."
+            )
         self.save()
         return Markdown("\n\n".join(paragraphs))
 
