@@ -1,4 +1,4 @@
-"""The command line: `dgkit run`, `book`, `tiny`, `results`, `generate`, `export-npz`, `models`.
+"""The command line: `dgkit run`, `book`, `tiny`, `results`, `generate`, `export-npz`, `study`, `plan`, `models`.
 
 What a verb needs is imported inside it, so that `dgkit --help` answers at once.
 """
@@ -83,6 +83,45 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("folder", type=Path, metavar="FOLDER")
     export.add_argument("path", type=Path, metavar="FILE.npz")
     export.set_defaults(verb=_export_npz)
+
+    study = verbs.add_parser("study", help="let people compare two sets of images").add_subparsers(
+        required=True, metavar="VERB"
+    )
+    make = study.add_parser("make", help="write one HTML page of blinded pairs, and its key")
+    make.add_argument("a", type=Path, metavar="A_DIR", help="a folder of images, or of a run of `dgkit generate`")
+    make.add_argument("b", type=Path, metavar="B_DIR", help="the other one; images are paired by name")
+    make.add_argument("--output", type=Path, metavar="FILE.html", required=True, help="the key goes to FILE.key.json")
+    make.add_argument("--seed", type=int, default=0, help="of the blinding (default: 0)")
+    make.set_defaults(verb=_study_make)
+    analyse = study.add_parser("analyse", help="win rates with intervals, as a table and JSON")
+    analyse.add_argument("answers", type=Path, nargs="+", metavar="ANSWERS.csv", help="what the page saved")
+    analyse.add_argument("--key", type=Path, metavar="KEY.json", help="by default the one beside the answers")
+    analyse.set_defaults(verb=_study_analyse)
+
+    reproduce = verbs.add_parser(
+        "reproduce", help="a table of the paper: generate, score, compare; goes on where it was"
+    )
+    what = reproduce.add_mutually_exclusive_group(required=True)
+    what.add_argument("table", metavar="TABLE", nargs="?", help="table1, table2, table3, table6, fig5b or fig8")
+    what.add_argument("--all", action="store_true", help="all of them")
+    reproduce.add_argument("--model", help="of the table; by default each of them")
+    reproduce.add_argument("--small", action="store_true", help="the whole path on the embedded stand-in, in a minute")
+    reproduce.add_argument("--count", type=int, metavar="N", help="images per row; by default the paper's")
+    reproduce.add_argument(
+        "--block", type=int, help="of Detail Guidance, zero-based, where the paper does not state it"
+    )
+    reproduce.add_argument("--dims", type=int, nargs="+", metavar="DIM", help="the same for its channels")
+    reproduce.add_argument("--scale", type=float, metavar="W", help="the same for w")
+    reproduce.add_argument("--weights", metavar="NAME|PATH|HUB_ID", help="to use in the model's place")
+    reproduce.add_argument("--output", type=Path, metavar="DIR", help="by default _build/reproduce")
+    reproduce.add_argument("--engine", default="local", help="local (default; also under torchrun and Slurm) or ray")
+    reproduce.add_argument("--workers", type=int, metavar="N", help="of ray; by default one per GPU")
+    reproduce.set_defaults(verb=_reproduce)
+
+    plan = verbs.add_parser("plan", help="what a table of the paper costs, before anything starts")
+    plan.add_argument("table", metavar="TABLE", help="as for reproduce")
+    plan.add_argument("--model", help="only its rows of this model")
+    plan.set_defaults(verb=_plan)
 
     verbs.add_parser("models", help="list the models known by name").set_defaults(verb=_models)
     return parser
@@ -179,6 +218,59 @@ def _export_npz(arguments: argparse.Namespace) -> int:
     from dgkit.generate.export import export_npz
 
     print(export_npz(arguments.folder, arguments.path))
+    return 0
+
+
+def _study_make(arguments: argparse.Namespace) -> int:
+    from dgkit.study.page import key_path, make
+
+    key = make(arguments.a, arguments.b, arguments.output, arguments.seed)
+    megabytes = arguments.output.stat().st_size / 1e6
+    print(
+        f"{arguments.output}: {len(key.pairs)} pairs, {len(key.questions)} questions, {megabytes:.1f} MB, to give away"
+    )
+    print(f"{key_path(arguments.output)}: which image is whose, to keep")
+    if "prompt_alignment" not in key.questions:
+        print("without prompts (NAME.txt beside the images) the question of prompt alignment is left out")
+    return 0
+
+
+def _study_analyse(arguments: argparse.Namespace) -> int:
+    from dgkit.study.analysis import analyse, find_key, results_path, write_json
+
+    key = arguments.key or find_key(arguments.answers[0])
+    outcome = analyse(arguments.answers, key)
+    print(outcome)
+    print(f"\n{write_json(outcome, results_path(key))}")
+    return 0
+
+
+def _reproduce(arguments: argparse.Namespace) -> int:
+    from dgkit.reproduce import reproduce, wanted
+
+    given = {name: getattr(arguments, name) for name in ("block", "dims", "scale", "weights")}
+    parts = wanted(None if arguments.all else arguments.table, arguments.model, small=arguments.small, **given)
+    status = 0
+    for table, model in parts:
+        try:
+            found = reproduce(
+                table, model, small=arguments.small, count=arguments.count, **given,
+                engine=arguments.engine, workers=arguments.workers, output=arguments.output,
+            )  # fmt: skip
+        except DgkitError as error:
+            if len(parts) == 1:
+                raise
+            status = 1
+            print(f"{table} on {model} was not reproduced: {' '.join(str(error).split())}\n", flush=True)
+        else:
+            print(found, end="\n\n" if len(parts) > 1 else "\n", flush=True)
+    return status
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from dgkit.plan import plan
+
+    print(plan(arguments.table, arguments.model))
     return 0
 
 
