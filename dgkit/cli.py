@@ -1,4 +1,4 @@
-"""The command line: `dgkit run`, `book`, `tiny`, `results`, `generate`, `export-npz`, `study`, `plan`, `models`.
+"""The command line: `dgkit VERB`, with the verbs of `dgkit --help`.
 
 What a verb needs is imported inside it, so that `dgkit --help` answers at once.
 """

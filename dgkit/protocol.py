@@ -1,7 +1,7 @@
-"""The paper's tables as settings: what each row samples, and the scores that it reports.
+"""The paper's tables, and the figures of numbers, as settings: what each row samples, and the scores that it reports.
 
-Every number comes from `data/paper` or from the presets of the zoo, which are Tables 4 and 5. What the paper does not
-state is listed in `Row.assumed`, and what cannot be assumed, in `Row.lacking`.
+Every printed number comes from `data/paper` or from the presets of the zoo, which are Tables 4 and 5. What the paper
+does not state is listed in `Row.assumed`, and what cannot be assumed, in `Row.lacking`.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,6 +12,7 @@ import pandas as pd
 
 from dgkit import paper
 from dgkit.errors import DgkitError
+from dgkit.paths import DATA
 from dgkit.zoo import MODELS, Preset
 
 NAMES = {"SD3": "sd3", "SD3.5": "sd3.5-large", "Flux": "flux-dev"}
@@ -20,9 +21,18 @@ NAMES = {"SD3": "sd3", "SD3.5": "sd3.5-large", "Flux": "flux-dev"}
 SMALL = {"sd3": "tiny-sd3", "sd3.5-large": "tiny-sd3", "flux-dev": "tiny-flux", "dit-xl-2": "tiny-dit"}
 """The embedded model that stands in for a large one when the whole path is tried in small."""
 
-SMALL_COUNT, SMALL_STEPS = 24, 10
+UNNAMED = ("flux-dev",)
+"""Models in whose place the paper used a checkpoint that it does not name."""
+
+SMALL_COUNT, SMALL_STEPS = 24, 8
+SMALL_SET, SMALL_SET_STEPS = 70, 4  # more images than the judge has features
 
 SCORES = ("clipscore", "blipscore", "hpsv2.1", "aesthetic")
+SMALL_SCORES = ("judge-agreement", "sharpness", "high-frequency-energy", "structure-similarity")
+SMALL_SET_SCORES = ("judge-frechet", "judge-inception", "judge-precision", "judge-recall")
+"""What stands in for the paper's scores on images of 28 or 32 pixels, which its networks were not made for."""
+
+SEED_BLOCKS = 3  # of scores of whole sets, which have no interval of their own
 STYLES = {"anime": "anime", "concept": "concept-art", "painting": "paintings", "photo": "photo"}
 """Table 2's columns and the styles of the HPSv2 benchmark."""
 
@@ -39,7 +49,15 @@ class Row:
         count, steps: images and sampling steps.
         guidance_scale: s of u + s (c - u); 1 for none.
         methods: guidance methods by name, with their parameters, as in `dgkit.generate.job.Job`.
-        paper: the scores as printed, by the name of the metric; "hpsv2.1/anime" for one style.
+        paper: the scores as printed, by the name of the metric; "hpsv2.1/anime" for one style. With `wins`, the
+            printed probabilities of winning against `baseline`.
+        scores: what is to be measured: names of metrics, those in `paper` among them.
+        baseline: label of the row that this one is compared with, image by image; "" for none.
+        wins: whether it is compared by the probability to score higher, ties counted half; else by the difference.
+        claims: where nothing is printed, what the paper says of the comparison in words: 1 for higher than the
+            baseline, -1 for lower, 0 for comparable.
+        disruption: arguments of `dgkit.disrupt`; none if empty.
+        seed_blocks: how many sets of `count` images, each of a seed of its own.
         conditional: False for unconditional sampling (the null class).
         assumed: what the paper does not state and is assumed here.
         lacking: what the paper does not state and nothing can be assumed for: "block", "dims" or "scale".
@@ -54,6 +72,12 @@ class Row:
     guidance_scale: float
     methods: Mapping[str, Mapping[str, Any]]
     paper: Mapping[str, float]
+    scores: tuple[str, ...]
+    baseline: str = ""
+    wins: bool = False
+    claims: Mapping[str, int] = field(default_factory=dict)
+    disruption: Mapping[str, Any] = field(default_factory=dict)
+    seed_blocks: int = 1
     conditional: bool = True
     assumed: tuple[str, ...] = ()
     lacking: tuple[str, ...] = field(default=())
@@ -82,22 +106,45 @@ def rows(table: str, model: str | None = None) -> list[Row]:
 
 
 def small(row: Row) -> Row:
-    """The same row on an embedded model and its own conditions, a few images of it; without the paper's scores."""
-    model = SMALL[row.model]
-    preset = MODELS[model].preset
-    methods = {
-        name: _dg(preset, row.guidance_scale) if name == "dg" else parameters
-        for name, parameters in row.methods.items()
-    }
+    """The same row on an embedded model and its own conditions, a few images of it; without the paper's scores.
+
+    Fig. 8's depths move to the same part of the small model's, where some coincide; its w and lambda stay.
+    """
+    big, tiny = MODELS[row.model], MODELS[SMALL[row.model]]
+    preset = tiny.preset
+    methods: dict[str, dict[str, Any]] = {}
+    label = row.label
+    for name, parameters in row.methods.items():
+        if name != "dg":
+            methods[name] = {"scale": preset.guidance_scale} if "scale" in parameters else {}
+            continue
+        methods[name] = _dg(preset, row.guidance_scale)
+        if row.label == _depth_label(parameters["block"]):
+            block = parameters["block"] * tiny.blocks // big.blocks
+            methods[name]["block"], label = block, _depth_label(block)
+        if (w := parameters.get("scale")) != _dg(big.preset, row.guidance_scale).get("scale"):
+            methods[name]["scale"] = w
+
+    def renamed(text: str) -> str:
+        printed, _, rest = text.partition(" ")
+        return f"{SMALL[row.model]} {rest}" if printed in NAMES else text
+
+    sets = row.seed_blocks > 1
+    s = preset.guidance_scale if row.table != "fig8" else row.guidance_scale  # where it is what is varied
     return replace(
         row,
-        model=model,
-        prompts=MODELS[model].data,
-        count=SMALL_COUNT,
-        steps=SMALL_STEPS,
-        guidance_scale=preset.guidance_scale if row.guidance_scale > 1 else 1.0,
+        label=renamed(label),
+        baseline=renamed(row.baseline),
+        model=SMALL[row.model],
+        prompts=tiny.data,
+        count=SMALL_SET if sets else SMALL_COUNT,
+        steps=SMALL_SET_STEPS if sets else SMALL_STEPS,
+        guidance_scale=s if row.guidance_scale > 1 else 1.0,
         methods=methods,
+        disruption=_disruption(preset, row.disruption["kind"]) if row.disruption else {},
         paper={},
+        scores=SMALL_SET_SCORES if sets else SMALL_SCORES,
+        claims={},
         assumed=(),
         lacking=(),
     )
@@ -122,11 +169,29 @@ def filled(row: Row, **values: Any) -> Row:
     return replace(row, methods=dict(row.methods) | {"dg": dict(row.methods["dg"]) | own}, lacking=())
 
 
+def block_evaluations(row: Row) -> int | None:
+    """What a row costs: evaluations of one transformer block for one image; None where DG's block is not stated.
+
+    DG computes the blocks up to the edited one once for both passes.
+    """
+    blocks, dg = MODELS[row.model].blocks, row.methods.get("dg")
+    if dg is not None and "block" not in dg:
+        return None
+    passes = blocks * (2 if row.guidance_scale > 1 else 1)
+    degraded = blocks - (dg["block"] + 1) if dg is not None else 0
+    return row.count * row.seed_blocks * row.steps * (passes + degraded)
+
+
 def _dg(preset: Preset, guidance_scale: float) -> dict[str, Any]:
     """Detail Guidance's parameters by Tables 4 and 5, without what they do not state."""
     scale = preset.scale if guidance_scale == 1 else preset.scale_with_cfg
     stated = {"block": preset.block, "dims": preset.dims and list(preset.dims), "scale": scale}
     return {name: value for name, value in stated.items() if value is not None}
+
+
+def _disruption(preset: Preset, kind: str) -> dict[str, Any]:
+    """Arguments of `dgkit.disrupt` by Table 4."""
+    return {"block": preset.block, "dims": list(preset.dims or ()), "kind": kind}
 
 
 def _with_cfg(printed: str) -> float:
@@ -156,6 +221,8 @@ def _scored(number: int) -> list[Row]:
                 guidance_scale=scale,
                 methods={"dg": _dg(preset, scale)} if dg else {},
                 paper={score: float(line[score]) for score in SCORES},
+                scores=SCORES,
+                baseline=f"{line['model']} {line['type']}" if dg else "",
                 assumed=assumed,
             )
         )
@@ -190,6 +257,8 @@ def _table_2() -> list[Row]:
                 guidance_scale=scale,
                 methods=methods,
                 paper=scores,
+                scores=tuple(scores),
+                baseline="CFG" if line["method"] != "CFG" else "",
                 assumed=assumed,
             )
         )
@@ -213,6 +282,9 @@ def _table_6() -> list[Row]:
                 guidance_scale=1.0,
                 methods={"dg": parameters} if dg else {},
                 paper={score: float(line[score]) for score in ("fid", "is", "precision", "recall")},
+                scores=("fid", "is", "precision", "recall"),
+                baseline=line["type"] if dg else "",
+                seed_blocks=SEED_BLOCKS,
                 conditional=line["type"] == "Cond",
                 assumed=("the number of images and of steps: DiT's own protocol",),
                 lacking=tuple(name for name in ("block", "dims", "scale") if dg and name not in parameters),
@@ -221,13 +293,106 @@ def _table_6() -> list[Row]:
     return made
 
 
+_COUNT_ASSUMED = "the prompts and their number: the paper states neither for this figure, these are Table 1's"
+
+
+def _figure_5b() -> list[Row]:
+    """Win probabilities of disrupted models against the original."""
+    assumed = (
+        _COUNT_ASSUMED,
+        "block and dims of the disruption: Table 4's",
+        "CFG at Table 5's scale: the paper says that sampling is as by default",
+        "that the printed probabilities are SD3's: the paper does not name their model",
+    )
+    printed = pd.read_csv(DATA / "paper" / "fig5b.csv").set_index("score")["win_probability"].astype(float).to_dict()
+    made = []
+    for name, model in NAMES.items():
+        preset = MODELS[model].preset
+        original = f"{name} original"
+        alignment, detail = ("clipscore", "blipscore"), ("hpsv2.1", "aesthetic")
+        massive = dict.fromkeys(alignment, 0) | dict.fromkeys(detail, -1)
+        settings: dict[str, tuple[str, Mapping[str, float], Mapping[str, int]]] = {
+            original: ("", {}, {}),
+            f"{name} MAs disrupted": ("zero", printed if model == "sd3" else {}, massive),
+            f"{name} non-MAs disrupted": ("random", {}, dict.fromkeys(SCORES, 0)),
+        }
+        for label, (kind, scores, claims) in settings.items():
+            made.append(
+                Row(
+                    table="fig5b",
+                    label=label,
+                    model=model,
+                    prompts="pickapic",
+                    count=500,
+                    steps=preset.steps,
+                    guidance_scale=preset.guidance_scale,
+                    methods={},
+                    paper=scores,
+                    scores=SCORES,
+                    baseline=original if kind else "",
+                    wins=bool(kind),
+                    claims=claims,
+                    disruption=_disruption(preset, kind) if kind else {},
+                    assumed=assumed,
+                )
+            )
+    return made
+
+
+FIG_8_BLOCKS = tuple(range(1, 24, 2))
+"""m = 2, 4, ... of SD3's 24 blocks."""
+FIG_8_W = (0.5, 1.0, 2.0, 3.0, 4.0)
+FIG_8_LAMBDA = (1.0, 2.0, 3.0, 5.0, 7.0)
+
+
+def _depth_label(block: int) -> str:
+    return f"DG, m = {block + 1}"
+
+
+def _figure_8() -> list[Row]:
+    """Depth m, w without CFG, lambda beside CFG, each with the others as in Tables 4 and 5, on SD3."""
+    preset = MODELS["sd3"].preset
+    alone, beside = _dg(preset, 1.0), _dg(preset, 2.0)
+    higher = {"clipscore": 1, "aesthetic": 1}
+    settings: dict[str, tuple[float, dict[str, Any], str, dict[str, int]]] = {"Cond": (1.0, {}, "", {})}
+    for block in FIG_8_BLOCKS:
+        best = 4 <= block + 1 <= 10  # section 5.3
+        settings[_depth_label(block)] = (1.0, {"dg": alone | {"block": block}}, "Cond", higher if best else {})
+    for w in FIG_8_W:
+        settings[f"DG, w = {w:g}"] = (1.0, {"dg": alone | {"scale": w}}, "Cond", higher)
+    for value in FIG_8_LAMBDA:
+        cfg = f"CFG, lambda = {value:g}"
+        settings[cfg] = (value + 1, {}, "", {})
+        settings[f"CFG + DG, lambda = {value:g}"] = (value + 1, {"dg": beside}, cfg, {"aesthetic": 1})
+    return [
+        Row(
+            table="fig8",
+            label=label,
+            model="sd3",
+            prompts="pickapic",
+            count=500,
+            steps=preset.steps,
+            guidance_scale=scale,
+            methods=methods,
+            paper={},
+            scores=("clipscore", "aesthetic"),
+            baseline=baseline,
+            claims=claims,
+            assumed=(_COUNT_ASSUMED, "the values of m, w and lambda: the text prints none but m = 4 to 10"),
+        )
+        for label, (scale, methods, baseline, claims) in settings.items()
+    ]
+
+
 TABLES: dict[str, Callable[[], list[Row]]] = {
     "table1": lambda: _scored(1),
     "table2": _table_2,
     "table3": lambda: _scored(3),
     "table6": _table_6,
+    "fig5b": _figure_5b,
+    "fig8": _figure_8,
 }
-"""The tables that can be regenerated, by name."""
+"""The tables and figures that can be regenerated, by name."""
 
 
 def overview() -> pd.DataFrame:
@@ -242,6 +407,7 @@ def overview() -> pd.DataFrame:
             "steps": row.steps,
             "s": row.guidance_scale,
             "methods": ", ".join(f"{name} {dict(parameters)}" for name, parameters in row.methods.items()) or "none",
+            "disruption": str(dict(row.disruption)) if row.disruption else "none",
             "not stated": "; ".join((*row.lacking, *row.assumed)),
         }
         for table in TABLES

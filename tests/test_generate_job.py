@@ -46,6 +46,8 @@ def test_the_hash_is_that_of_canonical_json() -> None:
         ({"guidance_scale": 2.0}, "cfg"),
         ({"methods": {"dg": {}}}, "dg"),
         ({"guidance_scale": 2.0, "methods": {"cfg-zero*": {}}}, "cfg+cfg-zero"),
+        ({"disruption": {"block": 1, "dims": [2]}}, "disrupted-zero"),
+        ({"guidance_scale": 2.0, "disruption": {"block": 1, "dims": [2], "kind": "random"}}, "cfg+disrupted-random"),
     ],
 )
 def test_the_name_says_the_method(change: dict[str, Any], label: str) -> None:
@@ -63,6 +65,7 @@ def test_every_field_changes_the_hash_but_the_way_it_is_written_does_not() -> No
         "steps": 2,
         "guidance_scale": 1.5,
         "methods": {},
+        "disruption": {"block": 1, "dims": [2]},
         "call": {"height": 16},
         "dtype": "float16",
         "block_size": 5,
@@ -84,6 +87,15 @@ def test_a_job_survives_json() -> None:
         Job.from_dict({k: v for k, v in values.items() if k != "seed"})
     with pytest.raises(DgkitError, match="colour"):
         Job.from_dict(values | {"colour": 1})
+
+
+def test_a_job_of_before_disruptions_is_the_same_job() -> None:
+    values = asdict(job())
+    del values["disruption"]
+    assert Job.from_dict(values) == job() and job().to_dict() == values
+    disrupted = job(disruption={"block": 1, "dims": (2, 3), "seed": 4})
+    assert Job.from_dict(json.loads(json.dumps(disrupted.to_dict()))) == disrupted
+    assert disrupted.to_dict()["disruption"] == {"block": 1, "dims": [2, 3], "seed": 4}
 
 
 def test_versions_are_those_installed() -> None:
@@ -160,6 +172,10 @@ def test_guidance_is_made_of_plain_data() -> None:
         ({"methods": {"dg": {"scale": -1}}}, "scale=-1"),
         ({"methods": {"dg": {"scale": abs}}}, "methods is not allowed"),
         ({"call": {"generator": object()}}, "call is not allowed"),
+        ({"disruption": {"block": 1}}, "disruption=.*give block and dims"),
+        ({"disruption": {"block": 1, "dims": [2], "depth": 3}}, "disruption=.*give block and dims"),
+        ({"disruption": {"block": 1, "dims": [2], "kind": "blur"}}, "a kind of zero, mean, random"),
+        ({"disruption": {"block": 1, "dims": {2}}}, "disruption is not allowed"),
     ],
 )
 def test_refused(change: dict[str, Any], words: str) -> None:

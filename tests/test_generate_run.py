@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -499,6 +500,29 @@ def test_guidance_reaches_the_pipeline(plain: tuple[Job, np.ndarray], dit: Path,
     identity = PipelineSampler(guided).identity
     assert identity["methods"]["dg"]["dims"] == [0, 3] and identity["methods"]["dg"]["scale_with_cfg"] == 2.0
     assert set(identity["weights_sha256"]) == {"transformer", "vae"}
+
+
+@pytest.mark.parametrize("methods", [{}, {"dg": {"scale": 2.0, "block": 0, "dims": [5]}}])
+def test_a_disruption_reaches_the_pipeline(
+    plain: tuple[Job, np.ndarray], dit: Path, tmp_path: Path, methods: dict[str, Any]
+) -> None:
+    of, intact = plain
+    disrupted = replace(
+        of, disruption={"block": 1, "dims": [0, 3], "kind": "random", "seed": 1}, methods=methods, count=4
+    )
+    run(disrupted, tmp_path)
+    made, pipe = load_images(tmp_path), dgkit.load(str(dit))
+    with ExitStack() as stack:
+        if methods:
+            stack.enter_context(dgkit.detail_guidance(pipe, scale=2.0, block=0, dims=[5]))
+        edit = stack.enter_context(dgkit.disrupt(pipe, block=1, dims=[0, 3], kind="random", seed=1))
+        by_hand = generate(
+            pipe, [0, 1, 2, 3], [2_000_000 + i for i in range(4)], num_inference_steps=2, guidance_scale=3.0
+        )
+    assert np.array_equal(made, by_hand) and not np.array_equal(made, intact[:4])
+    identity = PipelineSampler(disrupted).identity
+    assert identity["disruption"] == {"block": 1, "dims": edit.dims, "kind": "random", "seed": 1}
+    assert "disruption" not in PipelineSampler(of).identity
 
 
 def test_two_ranks_make_the_bytes_of_one(

@@ -42,16 +42,86 @@ def test_every_row_is_a_job_and_every_score_a_metric() -> None:
             whole = protocol.filled(found, dims=[3], scale=1.0)
             Job(
                 model=whole.model, conditions=("a",), count=whole.count, steps=whole.steps,
-                guidance_scale=whole.guidance_scale, methods=whole.methods,
+                guidance_scale=whole.guidance_scale, methods=whole.methods, disruption=whole.disruption,
             )  # fmt: skip
+            assert found.paper.keys() <= set(found.scores) and found.claims.keys() <= set(found.scores)
             little = protocol.small(found)
             assert little.paper == {} and little.lacking == () and little.prompts in ("dungeon-tiles", "fashion-mnist")
-            assert little.methods.keys() == found.methods.keys()
+            assert little.methods.keys() == found.methods.keys() and bool(little.disruption) == bool(found.disruption)
+
+
+@pytest.mark.parametrize("shrink", [False, True])
+def test_a_row_and_its_baseline_differ_in_one_thing_only(shrink: bool) -> None:
+    """So that pairs of images have the same prompt and noise."""
+    for table in protocol.TABLES:
+        found = [protocol.small(each) if shrink else each for each in protocol.rows(table)]
+        by_label = {each.label: each for each in found}
+        for each in found:
+            if each.baseline:
+                other = by_label[each.baseline]
+                assert not other.baseline and not other.disruption and not other.methods
+                for name in ("model", "prompts", "count", "steps", "seed_blocks", "conditional", "scores"):
+                    assert getattr(each, name) == getattr(other, name)
+                assert each.methods or each.disruption
+
+
+def test_baselines_of_table_1_and_6() -> None:
+    assert row("table1", "SD3.5 CFG + DG").baseline == "SD3.5 CFG"
+    assert row("table6", "Uncond + DG").baseline == "Uncond"
+    assert {each.baseline for each in protocol.rows("table2")} == {"", "CFG"}
+
+
+def test_figure_5b_is_as_in_section_4_2() -> None:
+    disrupted = row("fig5b", "SD3 MAs disrupted")
+    assert disrupted.paper == {"blipscore": 0.462, "clipscore": 0.512, "hpsv2.1": 0.028, "aesthetic": 0.078}
+    assert disrupted.disruption == {"block": 5, "dims": [810], "kind": "zero"} and disrupted.wins
+    assert disrupted.claims == {"clipscore": 0, "blipscore": 0, "hpsv2.1": -1, "aesthetic": -1}
+    control = row("fig5b", "Flux non-MAs disrupted")
+    assert control.disruption == {"block": 21, "dims": [154, 1446], "kind": "random"} and control.paper == {}
+    little = protocol.small(disrupted)
+    assert (little.label, little.baseline) == ("tiny-sd3 MAs disrupted", "tiny-sd3 original")
+    assert little.disruption == {"block": 4, "dims": [8], "kind": "zero"} and little.wins
+
+
+def test_figure_8_varies_one_thing_at_a_time() -> None:
+    found = protocol.rows("fig8")
+    alone = [each for each in found if each.methods and each.guidance_scale == 1]
+    settings = [(each.methods["dg"]["block"], each.methods["dg"]["scale"]) for each in alone]
+    assert all(block == 5 or w == 1.0 for block, w in settings)
+    assert {block for block, w in settings if w == 1.0} == set(range(1, 24, 2))
+    assert all(each.label == f"DG, m = {each.methods['dg']['block'] + 1}" for each in alone if "m =" in each.label)
+    beside = [each for each in found if each.label.startswith("CFG + DG")]
+    for each in beside:  # Eq. 5: s = lambda + 1
+        assert each.guidance_scale == row("fig8", each.baseline).guidance_scale
+        assert each.label == f"CFG + DG, lambda = {each.guidance_scale - 1:g}"
+    # section 5.3: "best performance when applied to intermediate blocks (e.g., m ranging from 4 to 10)"
+    claimed = [each.methods["dg"]["block"] + 1 for each in alone if "m =" in each.label and each.claims]
+    assert claimed == [4, 6, 8, 10]
+    assert row("fig8", "CFG + DG, lambda = 3").methods == row("table1", "SD3 CFG + DG").methods
+    little = [protocol.small(each) for each in alone]
+    assert [e.methods["dg"]["block"] for e in little if "m =" in e.label] == [0, 1, 1, 2, 3, 3, 4, 5, 5, 6, 7, 7]
+    assert all(f"m = {e.methods['dg']['block'] + 1}" in e.label for e in little if "m =" in e.label)
+    assert [e.methods["dg"]["scale"] for e in little if "w =" in e.label] == [0.5, 1.0, 2.0, 3.0, 4.0]
+
+
+def test_small_rows_have_the_small_models_own_scale() -> None:
+    assert protocol.small(row("table2", "APG")).methods == {"apg": {"scale": 3.0}}
+    assert protocol.small(row("table2", "CFG++")).methods == {"cfg++": {}}
+    little = protocol.small(row("table6", "Cond + DG"))
+    assert little.methods == {"dg": {"block": 2, "dims": [7, 83], "scale": 0.1}} and little.seed_blocks == 3
+
+
+def test_costs_are_those_of_the_engine() -> None:
+    """SD3 has 24 blocks; DG at block 5 computes the 18 after it once more; CFG doubles the ordinary pass."""
+    assert protocol.block_evaluations(row("table1", "SD3 Cond")) == 500 * 28 * 24
+    assert protocol.block_evaluations(row("table1", "SD3 CFG + DG")) == 500 * 28 * (2 * 24 + 18)
+    assert protocol.block_evaluations(row("table6", "Cond")) == 3 * 50_000 * 250 * 28
+    assert protocol.block_evaluations(row("fig5b", "SD3 MAs disrupted")) == 500 * 28 * 2 * 24
 
 
 def test_the_numbers_of_rows_are_the_papers() -> None:
     assert {table: len(protocol.rows(table)) for table in protocol.TABLES} == {
-        "table1": 8, "table2": 6, "table3": 4, "table6": 4
+        "table1": 8, "table2": 6, "table3": 4, "table6": 4, "fig5b": 9, "fig8": 28
     }  # fmt: skip
     assert [found.label for found in protocol.rows("table1", "sd3")] == [
         "SD3 Cond", "SD3 Cond + DG", "SD3 CFG", "SD3 CFG + DG"
@@ -73,7 +143,7 @@ def test_what_the_paper_does_not_state_has_to_be_given() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("table4",), "table='table4' is not allowed: use one of table1, table2, table3, table6"),
+        (("table4",), "table='table4' is not allowed: use one of table1, table2, table3, table6, fig5b, fig8"),
         (("table1", "flux-dev"), "model='flux-dev' is not in table1: it has sd3, sd3.5-large"),
     ],
 )
@@ -83,4 +153,4 @@ def test_unknown_tables_and_models(arguments: tuple[str, ...], message: str) -> 
 
 
 def test_overview_lists_every_row() -> None:
-    assert len(protocol.overview()) == 22
+    assert len(protocol.overview()) == 8 + 6 + 4 + 4 + 9 + 28

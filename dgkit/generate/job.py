@@ -39,6 +39,7 @@ class Job:
         guidance_scale: s of u + s (c - u); 1 for no CFG. For Flux it is the `true_cfg_scale`.
         methods: guidance methods by their name in `dgkit.guidance.METHODS`, with their parameters as JSON has them;
             what is left out is the model's preset.
+        disruption: arguments of `dgkit.disrupt`: block and dims, and kind and seed if not its defaults; none if empty.
         call: further arguments of the pipeline's call, such as height and width.
         dtype: of the weights; by default float32 for shipped models and folders, bfloat16 for the hub's.
         block_size: images per block.
@@ -56,6 +57,7 @@ class Job:
     steps: int
     guidance_scale: float = 1.0
     methods: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    disruption: Mapping[str, Any] = field(default_factory=dict)
     call: Mapping[str, Any] = field(default_factory=dict)
     dtype: str = ""
     block_size: int = 8
@@ -91,35 +93,43 @@ class Job:
             ("dtype", dtype),
             ("guidance_scale", float(s)),
             ("methods", _plain(self.methods, "methods")),
+            ("disruption", _plain(self.disruption, "disruption")),
             ("call", _plain(self.call, "call")),
             ("versions", dict(self.versions)),
         ):
             object.__setattr__(self, name, plain)
         self.guidance()
+        if self.disruption:
+            self._check_disruption()
 
     # ---- as text
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Job":
-        """The inverse of `asdict`, also through JSON.
+        """The inverse of `to_dict`, also through JSON.
 
         Raises:
             DgkitError: `values` are not those of a job.
         """
         names = {f.name for f in fields(cls)}
-        if values.keys() != names:
+        if values.keys() | {"disruption"} != names:
             raise DgkitError(f"not a job: {', '.join(sorted(names ^ values.keys()))} lacking or unknown")
         return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, without an empty `disruption`: it came later, and jobs keep their hashes."""
+        return {name: value for name, value in asdict(self).items() if value or name != "disruption"}
 
     @property
     def sha256(self) -> str:
         """Over the canonical JSON: sorted keys, no spaces, whole numbers without a point."""
-        return hashlib.sha256(canonical(asdict(self)).encode()).hexdigest()
+        return hashlib.sha256(canonical(self.to_dict()).encode()).hexdigest()
 
     @property
     def name(self) -> str:
         """`<model>-<method>-<12 digits of the hash>`, the name of its folder."""
-        label = "+".join([*(["cfg"] if self.guidance_scale > 1 else []), *self.methods]) or "none"
+        disrupted = [f"disrupted-{self.disruption.get('kind', 'zero')}"] if self.disruption else []
+        label = "+".join([*(["cfg"] if self.guidance_scale > 1 else []), *self.methods, *disrupted]) or "none"
         model = Path(self.model).name
         return "-".join(re.sub(r"[^A-Za-z0-9.+-]+", "", part) for part in (model, label, self.sha256[:12]))
 
@@ -187,6 +197,17 @@ class Job:
                 arguments["reuse"] = Reuse(**arguments["reuse"])
             made.append(METHODS[name](**arguments))
         return made
+
+    def _check_disruption(self) -> None:
+        from dgkit.hooks import EDIT_KINDS  # takes seconds
+
+        given = dict(self.disruption)
+        allowed, needed = {"block", "dims", "kind", "seed"}, {"block", "dims"}
+        if not needed <= given.keys() <= allowed or given.get("kind", "zero") not in EDIT_KINDS:
+            raise DgkitError(
+                f"disruption={given!r} is not allowed: give block and dims, and if need be seed and a kind of "
+                f"{', '.join(EDIT_KINDS)}"
+            )
 
 
 def read_conditions(prompts: str | None, classes: str | None) -> tuple[list[Any], str]:

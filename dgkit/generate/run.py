@@ -15,7 +15,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -361,22 +361,24 @@ class PipelineSampler:
 
     def __init__(self, job: Job) -> None:
         # here, so that what needs no model starts at once
-        from dgkit import zoo
+        from dgkit import hooks, zoo
         from dgkit.guidance import guide
 
         self.job = job
         self.pipe = zoo.load(job.model, device=own_device(), dtype=getattr(torch, job.dtype))
-        self.device = str(self.pipe.device)
-        if self.device != "cpu":
-            self.device = torch.cuda.get_device_name(self.pipe.device)
-        self._guide = guide
-        with self._guided() as methods:
+        # with CPU offload the weights rest elsewhere than where they compute
+        device = torch.device(getattr(self.pipe, "_execution_device", self.pipe.device))
+        self.device = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        self._guide, self._disrupt = guide, hooks.disrupt
+        with self._changed() as (methods, edit):
             self.identity: Mapping[str, Any] = _identity(self.pipe, job, methods)
+            if edit:
+                self.identity = {**self.identity, "disruption": {**job.disruption, "dims": edit.dims}}
 
     def __call__(self, conditions: Sequence[Any], seeds: Sequence[int]) -> Image:
         from dgkit.generate.sampling import generate
 
-        with self._guided():
+        with self._changed():
             return generate(
                 self.pipe,
                 conditions,
@@ -388,13 +390,14 @@ class PipelineSampler:
             )
 
     @contextmanager
-    def _guided(self) -> Iterator[list[Any]]:
+    def _changed(self) -> Iterator[tuple[list[Any], Any]]:
+        """The pipeline with the job's guidance, yielded as methods, and its disruption, yielded as `hooks.Edit`."""
         methods = self.job.guidance()
-        if not methods:
-            yield []
-            return
-        with self._guide(self.pipe, *methods) as guidance:
-            yield guidance.methods
+        with ExitStack() as stack:
+            if methods:
+                methods = stack.enter_context(self._guide(self.pipe, *methods)).methods
+            edit = stack.enter_context(self._disrupt(self.pipe, **self.job.disruption)) if self.job.disruption else None
+            yield methods, edit
 
 
 def own_device() -> str:

@@ -13,7 +13,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +73,7 @@ class Store:
             (folder / "failures").mkdir(exist_ok=True)
         except OSError as error:
             raise DgkitError(f"{folder} cannot be written: {error.strerror}") from error
-        _write_once(folder / "manifest.json", json.dumps(asdict(job), indent=1, ensure_ascii=False).encode())
+        _write_once(folder / "manifest.json", json.dumps(job.to_dict(), indent=1, ensure_ascii=False).encode())
         store = cls(folder)
         if found := job.differences(store.job):
             raise DgkitError(f"{folder} belongs to another job: {'; '.join(found)}. Give another folder")
@@ -181,6 +181,12 @@ class Store:
             except (SafetensorError, OSError):
                 continue
         return total
+
+    def provenance(self) -> Iterator[dict[str, Any]]:
+        """How each shard that is there was made, by the headers alone."""
+        for path in sorted((self.folder / "shards").glob("[0-9]*.safetensors")):
+            with safe_open(path, framework="numpy") as shard:
+                yield json.loads(shard.metadata()["provenance"])
 
     def shards(self) -> Iterator[Shard]:
         """All blocks in their order.
