@@ -381,7 +381,7 @@ CLAIMS: dict[str, list[Part]] = {
             "massive channels at fixed dims (massive in more than half of the blocks)",
             "fixed_dims",
             lambda v: len(v["fixed_dims"]) > 0,
-            lambda v: _listed(v["fixed_dims"]) if len(v["fixed_dims"]) else "none",
+            lambda v: f"dims {_listed(v['fixed_dims'])}" if len(v["fixed_dims"]) else "none",
             ("4.1d",),
         ),
         Part(

@@ -1,4 +1,4 @@
-"""The paper's own numbers and claims: Tables 1 to 6 of arXiv 2510.11538, digits as printed, and lists of what it says."""
+"""The paper's own numbers and claims: Tables 1 to 6 of arXiv 2510.11538, digits as printed, and what it says."""
 
 import pandas as pd
 

@@ -575,8 +575,8 @@ def _notes(rows: Sequence[Row], small: bool, model: str, weights: str | None) ->
     if small:
         yield (
             f"{row.model} stands in for {model}: this tries the whole path. The paper's scores do not apply to its "
-            "small images, so others stand in for them, and verdicts only say what differs. With so few images a Frechet "
-            "distance is mostly bias; only its differences mean something."
+            "small images, so others stand in for them, and verdicts only say what differs. With so few images a "
+            "Frechet distance is mostly bias; only its differences mean something."
         )
     if weights is not None:
         yield f"{weights} takes the place of {model}."

@@ -104,23 +104,15 @@ class Result:
     def glue(self) -> None:
         """Show the numbers to the book under their keys (`{glue:text}` in a page); nothing visible in the notebook.
 
-        Reference numbers, where there are any, go under "reference.KEY", and the verdict on each embedded model under
-        "verdict.MODEL". Arrays are left out.
+        Reference numbers, where there are any, go under "reference.KEY". Arrays are left out.
         """
         from IPython.display import display
-
-        from dgkit.findings import CLAIMS, verdict
-        from dgkit.zoo import MODELS
 
         glued = dict(self.values)
         reference = reference_of(self.name, self.parameters["model"])
         if reference is not None:
             measured = reference.decoded()
             glued |= {f"reference.{key}": value for key, value in measured.items()}
-        others = references(self.name)
-        for model in (name for name, row in MODELS.items() if row.source is None and self.name in CLAIMS):
-            found = others.get(model)
-            glued[f"verdict.{model}"] = verdict(self.name, found.decoded())[0] if found else "not run"
         for key, value in glued.items():
             if not isinstance(value, list | np.ndarray):
                 # what myst_nb.glue writes, without making Sphinx a dependency of every notebook

@@ -163,6 +163,12 @@ def test_malformed_parameters_are_errors(text):
         notebooks.parse_parameter(text)
 
 
+def test_default_model(folder):
+    assert notebooks.default_model("demo") == "tiny-dit"
+    with pytest.raises(DgkitError, match="'nothing' is unknown: use one of"):
+        notebooks.default_model("nothing")
+
+
 def test_reference_parameters(folder):
     assert notebooks.reference_parameters("demo") == {"num_samples": 64, "seed": 7}  # the notebook's default model
     assert notebooks.reference_parameters("demo", "other") == {"num_samples": 128, "seed": 1}

@@ -101,7 +101,7 @@ def test_reference_runs_come_in_the_order_of_the_zoo_then_by_name(folders):
     assert results.references("nothing") == {}
 
 
-def test_glued_verdicts_say_which_embedded_models_were_run(folders, monkeypatch):
+def test_numbers_are_glued_beside_those_of_the_reference_run(folders, monkeypatch):
     shown = {}
 
     def display(data, raw, metadata):
@@ -109,15 +109,14 @@ def test_glued_verdicts_say_which_embedded_models_were_run(folders, monkeypatch)
 
     monkeypatch.setattr("IPython.display.display", display)
     lower, higher = Interval(-2.0, -3.0, -1.0), Interval(2.0, 1.0, 3.0)
-    for model, cond in (("tiny-dit", lower), ("tiny-flux", higher)):
-        result = Result("06_imagenet", model=model)
-        result.update({"uncond.frechet_change": lower, "cond.frechet_change": cond})
-        result.save()
-    accept(folders[0], results.REFERENCE)
+    for value in (lower, higher):
+        result = Result("06_imagenet", model="tiny-dit")
+        result.update({"cond.frechet_change": value, "an array": np.arange(3)})
+        if value is lower:
+            result.save()
+            accept(folders[0], results.REFERENCE)
     result.glue()
-    assert shown["verdict.tiny-dit"] == "reproduced" and shown["verdict.tiny-flux"] == "1 of 2 parts reproduced"
-    assert shown["verdict.tiny-sd3"] == "not run" and "verdict.sd3" not in shown
-    assert shown["cond.frechet_change"] == shown["reference.cond.frechet_change"] == str(higher)
+    assert shown == {"cond.frechet_change": str(higher), "reference.cond.frechet_change": str(lower)}
 
 
 def test_provenance(folders, monkeypatch):
