@@ -252,6 +252,13 @@ def test_table_3_beside_ours(reference: Any) -> None:
     assert [cells[6] for cells in shown[7:]] == ["yes", "no", "yes", "yes"]  # BLIPScore falls beside CFG
 
 
+def test_table_2_beside_ours(reference: Any) -> None:
+    reference("05_ablations", "tiny-sd3", {"APG.frechet_change": Interval(-0.5, -0.75, -0.25)})
+    shown = rows(beside.beside_paper("2"))
+    assert shown[0] == ["APG", "-0.78", "-0.04", r"-0.50 \[-0.75, -0.25\]"]  # 29.46 and 5.89 against 30.24 and 5.93
+    assert shown[3] == ["CFG + DG", "+0.72", "+0.20", "not measured"]
+
+
 def test_table_6_beside_ours(reference: Any) -> None:
     values = {f"{kind}{dg}.{m}": Interval(2, 1, 3) for kind in ("uncond", "cond") for dg in ("", "+DG")
               for m in ("frechet", "is", "precision", "recall")}  # fmt: skip
@@ -357,7 +364,7 @@ def test_hardware_names_no_host() -> None:
 def test_everything_that_can_be_measured_is_on_a_page_and_every_section_of_the_paper() -> None:
     assert {name for name, *_ in USED} == set(book.PARTS)
     assert [argument[0] for name, *argument in USED if name == "verdicts"] == list(dict.fromkeys(CLAIMS["section"]))
-    assert {argument[0] for name, *argument in USED if name == "beside-paper"} == {"1", "3", "6"}
+    assert {argument[0] for name, *argument in USED if name == "beside-paper"} == {"1", "2", "3", "6"}
 
 
 @pytest.mark.parametrize(
@@ -367,7 +374,7 @@ def test_everything_that_can_be_measured_is_on_a_page_and_every_section_of_the_p
         (("verdicts",), "1 argument"),
         (("chapters", "4.1"), "0 arguments"),
         (("verdicts", "9.9"), "4.1"),
-        (("beside-paper", "2"), "1, 3 or 6"),
+        (("beside-paper", "4"), "1, 2, 3 or 6"),
         (("runs", "all"), "pages or references"),
     ],
 )

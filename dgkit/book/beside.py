@@ -21,17 +21,25 @@ _SMALL = {"SD3": "tiny-sd3", "Flux": "tiny-flux"}
 """The small model of the same class."""
 
 
+_METHODS = {"APG": "APG", "CFG++": "CFG++", "CFG-Zero": "CFG-Zero*", "CFG+DG": "CFG + DG"}
+"""Table 2's rows, but CFG and DG without CFG, by their names in chapter 5."""
+
+
 def beside_paper(number: str) -> str:
-    """Each pair of rows of one table, without and with DG: the paper's scores and ours, with the change.
+    """One table of the paper and our reference runs, with the change against its baseline.
+
+    Of Tables 1, 3 and 6 each pair of rows without and with DG; of Table 2 each method against CFG.
 
     Args:
-        number: of the table, "1", "3" or "6".
+        number: of the table, "1", "2", "3" or "6".
 
     Raises:
         DgkitError: another table.
     """
-    if number not in ("1", "3", "6"):
-        raise DgkitError(f"table={number!r} has no pairs of rows without and with DG: use 1, 3 or 6")
+    if number not in ("1", "2", "3", "6"):
+        raise DgkitError(f"table={number!r} is not allowed: use 1, 2, 3 or 6, the tables of results")
+    if number == "2":
+        return _methods()
     header = ("", "row", "score", "without DG", "with DG", "change", "better")
     return table(header, _imagenet() if number == "6" else _guidance(int(number)))
 
@@ -70,6 +78,27 @@ def _our_guidance(record: Record, model: str, kind: str) -> Iterator[tuple[str, 
         levels = ("", "") if relative else tuple(_level(values[f"{row}.{measure}"]) for row in (before, after))
         better = _beyond(change, lower=measure == "frechet")
         yield code(model), kind, name, *levels, plain(format(change, digits)), better
+
+
+def _methods() -> str:
+    """Table 2: what each method changes against CFG, in the paper's scores and in chapter 5's Frechet distance."""
+    printed, runs = paper.table(2).set_index("method"), references("05_ablations")
+    header = ["method", "HPSv2.1 (SD3, paper)", "Aesthetic (SD3, paper)"]
+    header += [f"Frechet distance, lower is better ({code(model)})" for model in runs]
+    lines = []
+    for theirs, ours in _METHODS.items():
+        changes = (
+            printed.loc[theirs, ["average", "aesthetic"]].astype(float) - printed.loc["CFG", ["average", "aesthetic"]]
+        )
+        measured = [record.decoded().get(f"{ours}.frechet_change") for record in runs.values()]
+        lines.append(
+            (
+                ours,
+                *(f"{change:+.2f}" for change in changes),
+                *(plain(format(change, "+.2f")) if change else "not measured" for change in measured),
+            )
+        )
+    return table(header, lines)
 
 
 def _imagenet() -> Iterator[tuple[str, ...]]:

@@ -55,7 +55,11 @@ OURS = {
     "Figure 17": Ours(note="needs annotators; `dgkit study make` makes the pages for them"),
     **{f"Figure {number}": _IMAGES for number in range(18, 24)},
     "Table 1": Ours("04_detail_guidance", ("fig-dg-effects",), "other measures; see {ref}`below <beside-table-1>`"),
-    "Table 2": Ours("05_ablations", ("fig-methods", "fig-methods-images"), "all methods at equal cost, other measures"),
+    "Table 2": Ours(
+        "05_ablations",
+        ("fig-methods", "fig-methods-images"),
+        "all methods at equal cost; see {ref}`below <beside-table-2>`",
+    ),
     "Table 3": Ours("04_detail_guidance", ("fig-dg-effects",), "other measures; see {ref}`below <beside-table-3>`"),
     "Table 4": Ours(note="the presets of `dgkit.zoo`, in `data/paper`; tested against the released architectures"),
     "Table 5": Ours(note="the presets of `dgkit.zoo`, in `data/paper`"),
