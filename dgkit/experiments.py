@@ -164,16 +164,23 @@ def training_history(model: str) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["step", "block", "ratio", "dim"])
 
 
-def token_maps(pipe: Any, run: Samples, block: int, dim: int, count: int = 6) -> NDArray[np.float64]:
-    """|z| of one channel in each image token at the last step, for the first images, (count, h, w) on the token grid.
+def token_maps(
+    pipe: Any, run: Samples, block: int, dim: int, count: int = 6
+) -> tuple[NDArray[np.float64], list[float]]:
+    """|z| of one channel in each image token, at the first, the middle and the last step, for the first images.
+
+    Returns:
+        (3, count, h, w) on the token grid, and the three timesteps.
 
     Raises:
         DgkitError: the image tokens do not form a square.
     """
     trace = observe(pipe, run.first(count), keep=[block])
-    tokens = trace.tensors(block, timestep=trace.timesteps()[-1])[..., dim].abs().float().numpy()
-    side = _side_of_square(tokens.shape[1])
-    return tokens.reshape(len(tokens), side, side)
+    steps = trace.timesteps()
+    shown = [steps[0], steps[len(steps) // 2], steps[-1]]
+    maps = np.stack([trace.tensors(block, timestep=t)[..., dim].abs().float().numpy() for t in shown])
+    side = _side_of_square(maps.shape[2])
+    return maps.reshape(*maps.shape[:2], side, side), shown
 
 
 # ------------------------------------------------------------------------------- section 4.1: timestep against text

@@ -17,7 +17,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
@@ -63,12 +63,12 @@ def _stems(ax: Axes, values: NDArray[Any], dims: Sequence[int], colour: Any = OT
     ax.set_xlim(-1, len(values))
 
 
-def whole_cells(table: pd.DataFrame, index: bool = True) -> Any:
-    """A table for a page with whole sentences in its cells, where pandas would cut them off."""
+def table(frame: pd.DataFrame, index: bool = True) -> Any:
+    """A table for a page: whole sentences in its cells, where pandas would cut them off, and a header of one row."""
     from IPython.display import HTML
 
     with pd.option_context("display.max_colwidth", None):
-        return HTML(table.to_html(index=index))
+        return HTML(frame.to_html(index=index, index_names=False))
 
 
 def channel_profiles(mean_abs: ArrayLike, blocks: Sequence[int], dims: Sequence[int], ratio: float) -> Figure:
@@ -81,7 +81,7 @@ def channel_profiles(mean_abs: ArrayLike, blocks: Sequence[int], dims: Sequence[
         ax.axhline(median, color="black", linewidth=0.8, label="median channel")
         ax.axhline(ratio * median, color="black", linewidth=0.8, linestyle="--", label=f"{ratio:g} x median")
         ax.set_ylabel(f"block {block}\nmean |z|")
-    axes[0, 0].legend(loc="upper right", frameon=False, fontsize=9, ncols=2)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="upper center", frameon=False, fontsize=9, ncols=2)
     axes[-1, 0].set_xlabel("channel")
     return _closed(figure)
 
@@ -115,18 +115,23 @@ def layer_lines(ratios: ArrayLike, dims: Sequence[int], threshold: float) -> Fig
     return _closed(figure)
 
 
-def token_maps(magnitudes: ArrayLike, titles: Sequence[str]) -> Figure:
-    """Where in the image a channel is large: |z| per token, one (H, W) map per title, on one colour scale."""
+def token_maps(magnitudes: ArrayLike, rows: Sequence[str], columns: Sequence[str]) -> Figure:
+    """Where in the image and when a channel is large: |z| per token, (rows, columns, H, W), on one colour scale."""
     maps = np.asarray(magnitudes)
+    side = WIDTH / (maps.shape[1] + 1)
     figure, axes = plt.subplots(
-        1, len(maps), figsize=(WIDTH, WIDTH / (len(maps) + 1) + 0.3), squeeze=False, layout="constrained"
+        *maps.shape[:2], figsize=(WIDTH, side * len(maps) + 0.3), squeeze=False, layout="constrained"
     )
-    for ax, values, title in zip(axes[0], maps, titles, strict=True):
-        image = ax.imshow(values, cmap="rocket_r", vmin=0, vmax=maps.max())
-        ax.set_title(title, fontsize=9)
-        ax.set_xticks([])
-        ax.set_yticks([])
-    figure.colorbar(image, ax=axes[0].tolist(), label="|z|", shrink=0.8)
+    for line, row in zip(axes, maps, strict=True):
+        for ax, values in zip(line, row, strict=True):
+            image = ax.imshow(values, cmap="rocket_r", vmin=0, vmax=maps.max())
+            ax.set_xticks([])
+            ax.set_yticks([])
+    for ax, title in zip(axes[0], columns, strict=True):
+        ax.set_title(textwrap.fill(title, 16), fontsize=8)
+    for ax, title in zip(axes[:, 0], rows, strict=True):
+        ax.set_ylabel(title, fontsize=9)
+    figure.colorbar(image, ax=axes.ravel().tolist(), label="|z|", shrink=0.8)
     plt.close(figure)
     return figure
 
@@ -273,10 +278,13 @@ def effects(summary: Mapping[str, Interval], settings: Sequence[str], columns: S
 def spectra(frequencies: ArrayLike, powers: Mapping[str, ArrayLike]) -> Figure:
     """Radially averaged power spectra, mean over images."""
     figure, ax = plt.subplots(figsize=(WIDTH, 3.2))
-    for i, (name, power) in enumerate(powers.items()):
-        ax.plot(np.asarray(frequencies)[1:], np.asarray(power)[1:], marker=".", color=COLOURS[i], label=name)
+    others = iter([colour for colour in COLOURS if colour != MASSIVE])
+    for name, power in powers.items():
+        colour, width = (MASSIVE, 2.2) if name == "massive" else (next(others), 1.1)
+        ax.plot(np.asarray(frequencies)[1:], np.asarray(power)[1:], marker=".", color=colour, lw=width, label=name)
     ax.set(xlabel="spatial frequency (cycles / pixel)", ylabel="power", yscale="log")
-    ax.legend(frameon=False, fontsize=9)
+    ax.yaxis.set_minor_formatter(NullFormatter())
+    ax.legend(frameon=False, fontsize=9, bbox_to_anchor=(1, 1), loc="upper left")
     return _closed(figure)
 
 
@@ -353,7 +361,7 @@ def over_training(ratios: pd.DataFrame, threshold: float) -> Figure:
     if ratios.empty:
         ax.text(0.5, 0.5, "no training checkpoints of this model are recorded", ha="center", transform=ax.transAxes)
         return _closed(figure)
-    sns.lineplot(ratios, x="step", y="ratio", hue="block", palette="viridis", marker="o", ax=ax)
+    sns.lineplot(ratios, x="step", y="ratio", hue="block", palette="viridis", marker="o", ax=ax, legend="full")
     ax.axhline(threshold, color="black", linestyle="--", linewidth=0.8)
     ax.set(xlabel="training step", ylabel="largest channel / block median", xscale="log", yscale="log")
     ax.yaxis.set(major_locator=FixedLocator(RATIO_TICKS), major_formatter=PLAIN, minor_locator=NullLocator())

@@ -322,7 +322,7 @@ def verdict(name: str, values: Values) -> tuple[str, list[str]]:
 
 def across_models(name: str) -> Any:
     """`outcomes(name)` for a page."""
-    return figures.whole_cells(outcomes(name))
+    return figures.table(outcomes(name))
 
 
 def outcomes(name: str) -> pd.DataFrame:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pandas as pd
 
-from dgkit import stats
+from dgkit import paper, stats
 from dgkit.anatomy import dissect
 from dgkit.comparison import ENOUGH_FOR_FRECHET, distance
 from dgkit.experiments import GuidedRun, Setting, frechet_change
@@ -16,6 +16,12 @@ from dgkit.metrics.spectrum import sharpness
 from dgkit.results import references
 
 CFG, OURS = "CFG alone", "as in this book"
+
+
+def points() -> pd.DataFrame:
+    """The points of `paper.ambiguities`, under headings for a page."""
+    names = {"where": "where", "issue": "what", "taken_as": "taken here as", "matters": "does it matter?"}
+    return paper.ambiguities()[list(names)].rename(columns=names)
 
 
 def settings(

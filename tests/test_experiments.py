@@ -300,15 +300,17 @@ def test_layer_values():
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
 def test_token_maps_equal_tensors_kept_by_hand(pipe, guidance_scale):
-    run = experiments.samples(pipe, 3, seed=5, steps=2, guidance_scale=guidance_scale)
+    run = experiments.samples(pipe, 3, seed=5, steps=4, guidance_scale=guidance_scale)
     seen = []
     block = pipe.transformer.transformer_blocks[BLOCK]
     handle = block.register_forward_hook(lambda module, args, output: seen.append(output.clone()))
     run.first(2).images(pipe)
     handle.remove()
-    maps = experiments.token_maps(pipe, run, BLOCK, 7, count=2)
-    conditional = seen[-1][:2]  # the first half of a DiT batch, at the last step
-    assert np.array_equal(maps, conditional[..., 7].abs().reshape(2, 4, 4).numpy())
+    maps, timesteps = experiments.token_maps(pipe, run, BLOCK, 7, count=2)
+    assert timesteps == sorted(timesteps, reverse=True) and len(set(timesteps)) == 3 == len(maps)
+    for shown, output in zip(maps, (seen[0], seen[2], seen[3]), strict=True):
+        conditional = output[:2]  # the first half of a DiT batch
+        assert np.array_equal(shown, conditional[..., 7].abs().reshape(2, 4, 4).numpy())
 
 
 def test_token_maps_refuse_tokens_that_form_no_square(monkeypatch, pipe, run):

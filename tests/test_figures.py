@@ -1,5 +1,9 @@
 """Figures: what is drawn is what was given, and nothing stays open."""
 
+import base64
+import io
+from xml.etree import ElementTree
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -11,8 +15,10 @@ import pytest
 import seaborn as sns
 from matplotlib.collections import LineCollection, PathCollection, PolyCollection
 from matplotlib.colors import to_rgb
+from PIL import Image
 
 from dgkit import figures
+from dgkit.errors import DgkitError
 from dgkit.stats import Interval
 
 RNG = np.random.default_rng(0)
@@ -24,7 +30,7 @@ GATES = {"msa": RNG.uniform(0, 1, 12), "mlp": RNG.uniform(0, 1, 12)}
 IMAGES = RNG.integers(0, 256, (3, 28, 28, 3), dtype=np.uint8)
 TIMES = [950, 500, 50]
 TRACKED = RNG.uniform(1, 9, (3, 4))
-MAPS = RNG.uniform(0, 9, (2, 7, 7))
+MAPS = RNG.uniform(0, 9, (3, 2, 7, 7))
 SHARES = {
     5: {"timestep": Interval(0.7, 0.6, 0.8), "image": Interval(0.2, 0.1, 0.3)},
     9: {"timestep": Interval(0.4, 0.3, 0.6), "image": Interval(0.5, 0.25, 0.55)},
@@ -51,6 +57,14 @@ LADDER = pd.DataFrame(
 ).assign(low=lambda t: t["ratio"] - 0.5, high=lambda t: t["ratio"] + 1)  # fmt: skip
 LADDER.loc[4:5, ["low", "high"]] = np.nan
 LOSSES = pd.DataFrame({"step": [1, 10, 100], "loss": [2.0, 1.5, 0.5]})
+REGIMES = pd.DataFrame(
+    [
+        {"channels": channels, "steps": "all steps", "block": block, "k": k}
+        | {f"{m}{end}": k + block + add for m in ("low_error", "high_error", "sharpness_ratio", "agreement_change")
+           for end, add in (("", 0.0), (".low", -0.5), (".high", 1.0))}
+        for channels in ("largest", "random") for block in (0, 2) for k in (1, 8)
+    ]
+)  # fmt: skip
 SIZES = LADDER.loc[[3, 7]].assign(parameters=[500_000, 5_000_000])
 
 FIGURES = {
@@ -60,8 +74,8 @@ FIGURES = {
     "layer_map of one block": lambda: figures.layer_map(np.ones((1, 12))),
     "layer_lines": lambda: figures.layer_lines(RATIOS, [3, 7], 5.0),
     "layer_lines of one block, one dim": lambda: figures.layer_lines(RATIOS[:1], [3], 5.0),
-    "token_maps": lambda: figures.token_maps(MAPS, ["a", "b"]),
-    "token_maps of one image": lambda: figures.token_maps(MAPS[:1], ["a"]),
+    "token_maps": lambda: figures.token_maps(MAPS, ["x", "y", "z"], ["a", "b"]),
+    "token_maps of one image": lambda: figures.token_maps(MAPS[:1, :1], ["x"], ["a"]),
     "gates_and_activations": lambda: figures.gates_and_activations(MEAN_ABS[0], GATES, [3, 7], 2),
     "gates_and_activations of a gate": lambda: figures.gates_and_activations(MEAN_ABS[0], {"mlp": MEAN_ABS[1]}, [3], 2),
     "over_time": lambda: figures.over_time(TRACKED, TIMES, ["bag", "coat", "bag", "coat"], 5),
@@ -75,6 +89,10 @@ FIGURES = {
     "spectra": lambda: figures.spectra(np.arange(4) / 8, {"a": [9.0, 4, 2, 1], "b": [8.0, 3, 2, 1]}),
     "sweep": lambda: figures.sweep({"w": SWEEP, "lambda": SWEEP}, ["sharpness_ratio", "high_error"]),
     "sweep of one measure": lambda: figures.sweep({"w": SWEEP}, ["sharpness_ratio"]),
+    "regimes": lambda: figures.regimes(REGIMES),
+    "regimes without a judge": lambda: figures.regimes(
+        REGIMES[[column for column in REGIMES if not column.startswith("agreement")]]
+    ),
     "table_6": lambda: figures.table_6(TABLE_6),
     "table_6 of one measure": lambda: figures.table_6(TABLE_6[["setting", "seed", "frechet"]]),
     "over_training": lambda: figures.over_training(TRAINING, 5.0),
@@ -92,12 +110,23 @@ BARE = ("token_maps", "image_rows")
 
 def test_every_figure_is_covered():
     public = {n for n, f in vars(figures).items() if callable(f) and getattr(f, "__module__", "") == figures.__name__}
-    assert {n for n in public if not n.startswith("_")} == {name.split()[0] for name in FIGURES}
+    public = {n for n in public if not n.startswith("_")}
+    assert public == {name.split()[0] for name in FIGURES} | {"sliders", "table"}  # HTML, tested below
 
 
 def pairs(ax):
     """(x, y) of each line of an axes."""
     return [line.get_xydata() for line in ax.lines]
+
+
+def test_regimes_draws_every_block_of_every_setting():
+    axes = figures.regimes(REGIMES).axes
+    assert len(axes) == 2 * 4
+    for ax, measure in zip(axes[4:], ("low_error", "high_error", "sharpness_ratio", "agreement_change"), strict=True):
+        curves = [xy for xy in pairs(ax) if len(xy) == 2 and xy[0, 0] == 1]
+        part = REGIMES[REGIMES["channels"] == "random"]
+        expected = [part.loc[part["block"] == block, ["k", measure]].to_numpy() for block in (0, 2)]
+        assert all(np.array_equal(a, b) for a, b in zip(curves, expected, strict=True))
 
 
 def line(ax, label):
@@ -169,11 +198,12 @@ def test_layer_lines():
 
 
 def test_token_maps_share_one_scale():
-    axes = figures.token_maps(MAPS, ["a", "b"]).axes
-    for ax, values, title in zip(axes[:2], MAPS, ["a", "b"], strict=True):
-        assert np.array_equal(ax.images[0].get_array(), values) and ax.get_title() == title
+    axes = figures.token_maps(MAPS, ["x", "y", "z"], ["a", "b"]).axes
+    for ax, values in zip(axes[:6], MAPS.reshape(6, 7, 7), strict=True):
+        assert np.array_equal(ax.images[0].get_array(), values)
         assert ax.images[0].get_clim() == (0, MAPS.max())
-    assert axes[2].get_ylabel() == "|z|"
+    assert [ax.get_title() for ax in axes[:3]] == ["a", "b", ""]
+    assert [axes[i].get_ylabel() for i in (0, 2, 4)] == ["x", "y", "z"] and axes[6].get_ylabel() == "|z|"
 
 
 def test_gates_and_activations():
@@ -216,6 +246,55 @@ def test_image_rows():
 
 def test_image_rows_show_no_more_than_the_shortest_row():
     assert len(figures.image_rows({"a": IMAGES, "b": IMAGES[:2]}).axes) == 4
+
+
+def sliders(*args, **kwargs):
+    """The sliders as [(caption, [(slot, label, alternative text, image), (...)], style), ...]."""
+    found = []
+    for figure in ElementTree.fromstring(figures.sliders(*args, **kwargs).data):
+        sides = []
+        for side in figure.find("img-comparison-slider"):
+            kind, code = side.find("img").get("src").split(",")
+            assert kind == "data:image/png;base64"
+            image = np.array(Image.open(io.BytesIO(base64.b64decode(code))))
+            sides.append((side.get("slot"), side.find("span").text, side.find("img").get("alt"), image))
+        found.append((figure.find("figcaption").text, sides, figure.get("style")))
+    return found
+
+
+def test_sliders_hold_their_images_without_loss():
+    found = sliders({"original": IMAGES, "<massive>": IMAGES[::-1]}, ['a "coat"', "bag", "shirt"], count=2)
+    assert [caption for caption, _, _ in found] == ['a "coat"', "bag"]
+    for i, (caption, sides, _) in enumerate(found):
+        expected = [("first", "original", IMAGES[i]), ("second", "<massive>", IMAGES[2 - i])]
+        for (slot, label, alt, image), (named_slot, setting, pixels) in zip(sides, expected, strict=True):
+            assert (slot, label, alt) == (named_slot, setting, f"{setting}: {caption}")
+            assert np.array_equal(image, pixels)
+
+
+def test_sliders_without_names_are_numbered_and_no_more_than_the_images():
+    found = sliders({"a": IMAGES, "b": IMAGES}, count=9)
+    assert [caption for caption, _, _ in found] == ["image 1", "image 2", "image 3"]
+
+
+def test_small_images_in_sliders_keep_their_pixels_square():
+    assert sliders({"a": IMAGES, "b": IMAGES})[0][2] == "width: min(100%, 140px)"  # 5 x 28
+    assert "image-rendering: pixelated" in figures.sliders({"a": IMAGES, "b": IMAGES}).data
+    large = np.zeros((1, 192, 192, 3), np.uint8)
+    assert sliders({"a": large, "b": large})[0][2] == "width: min(100%, 192px)"
+    assert "pixelated" not in figures.sliders({"a": large, "b": large}).data
+
+
+@pytest.mark.parametrize("pair", [{"a": IMAGES}, {"a": IMAGES, "b": IMAGES[:2]}, dict.fromkeys("abc", IMAGES)])
+def test_sliders_compare_two_settings_of_the_same_images(pair):
+    with pytest.raises(DgkitError, match="two settings"):
+        figures.sliders(pair)
+
+
+def test_sliders_need_a_name_for_each_image_shown():
+    with pytest.raises(DgkitError, match="each of the 3 images"):
+        figures.sliders({"a": IMAGES, "b": IMAGES}, ["x", "y"])
+    assert len(sliders({"a": IMAGES, "b": IMAGES}, ["x", "y"], count=2)) == 2
 
 
 def test_effects():

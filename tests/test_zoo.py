@@ -1,5 +1,6 @@
 """Loading by name, folder and hub id; presets are the paper's tables; every failure is one sentence."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +71,9 @@ def test_flux_needs_the_scale_because_its_first_call_cannot_know_of_cfg(monkeypa
 
 
 def test_load_folder(folder: Path) -> None:
-    pipe = dgkit.load(str(folder))
+    pipe = dgkit.load(str(folder), device="cpu")
     assert type(pipe).__name__ == "DiTPipeline" and pipe.transformer.dtype == torch.float32
-    assert dgkit.load(folder, dtype=torch.bfloat16).transformer.dtype == torch.bfloat16
+    assert dgkit.load(folder, device="cpu", dtype=torch.bfloat16).transformer.dtype == torch.bfloat16
     own = build("dit").state_dict()
     assert all(torch.equal(v, own[k]) for k, v in pipe.transformer.state_dict().items())
 
@@ -83,7 +84,7 @@ def test_load_refuses_what_is_no_name(name: Any) -> None:
         dgkit.load(name)
 
 
-@pytest.mark.parametrize("name", ["sd4", "./missing", "/nowhere/at/all", "a/b/c"])
+@pytest.mark.parametrize("name", ["sd4", "./missing", "/nowhere/at/all", "a/b/c", "a/b.safetensors", "x.safetensors"])
 def test_load_refuses_unknown_names(name: str) -> None:
     with pytest.raises(LoadError, match=r"is unknown: use tiny-dit, tiny-sd3, .* a pipeline folder or a hub id"):
         dgkit.load(name)
@@ -113,23 +114,95 @@ def test_load_refuses_broken_weights(folder: Path, tmp_path: Path, damage: str) 
         dgkit.load(str(broken))
 
 
-def test_load_refuses_an_unknown_or_absent_device(folder: Path) -> None:
+def test_load_refuses_an_unknown_or_absent_device(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(LoadError, match="device='gpu' is not allowed"):
         dgkit.load(str(folder), device="gpu")
-    with pytest.raises(LoadError, match="device=None is not allowed"):
-        dgkit.load(str(folder), device=None)  # type: ignore[arg-type]
-    if not torch.cuda.is_available():
-        with pytest.raises(LoadError, match="torch finds no GPU"):
-            dgkit.load(str(folder), device="cuda")
+    with pytest.raises(LoadError, match="device=5.5 is not allowed"):
+        dgkit.load(str(folder), device=5.5)  # type: ignore[arg-type]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(LoadError, match="torch finds no GPU"):
+        dgkit.load(str(folder), device="cuda")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(LoadError, match="device='cuda:2' is not available here: torch finds 2 GPU"):
+        dgkit.load(str(folder), device="cuda:2")
 
 
-def test_gated_models_say_what_to_do_without_access(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise OSError("401 Client Error: access to model is restricted\nlong trace")
+@pytest.mark.parametrize(
+    ("gpu", "name", "expected"),
+    [
+        (True, "tiny-dit", ("cpu", torch.float32)),  # a CPU runs them in seconds
+        (True, "folder", ("cuda", torch.bfloat16)),
+        (False, "folder", ("cpu", torch.float32)),
+    ],
+)
+def test_the_device_and_dtype_if_none_is_given(
+    gpu: bool, name: str, expected: tuple[str, torch.dtype], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: int(gpu))
+    monkeypatch.setattr(zoo.loading, "place", lambda pipe, device, name: (device.type, pipe.transformer.dtype))
+    assert dgkit.load(str(folder) if name == "folder" else name) == expected
 
-    monkeypatch.setattr(zoo.DiffusionPipeline, "from_pretrained", refuse)
-    with pytest.raises(LoadError, match=r"accept it on the hub and log in\): 401 Client Error"):
-        dgkit.load("sd3")
+
+def real_parts(name: str) -> dict[str, int]:
+    """Numbers in the weights of each part, counted on the real architectures without memory."""
+    import diffusers
+    import transformers
+
+    from benchmarks.models import subject
+
+    def text(kind: str, config: Any) -> Any:
+        return getattr(transformers, kind)(config)
+
+    clip = {"hidden_act": "quick_gelu", "projection_dim": 768}
+    large = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20}
+    clip_l = transformers.CLIPTextConfig(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, **clip
+    )
+    clip_g = transformers.CLIPTextConfig(**large, hidden_act="gelu", projection_dim=1280)
+    t5 = transformers.T5Config(
+        vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64,
+        feed_forward_proj="gated-gelu", is_encoder_decoder=False,
+    )  # fmt: skip
+    kinds = {
+        "sd3": [("CLIPTextModelWithProjection", clip_l), ("CLIPTextModelWithProjection", clip_g)],
+        "flux-dev": [("CLIPTextModel", clip_l)],
+    }
+    kinds["sd3.5-large"] = kinds["sd3"]
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+    quant = name == "dit-xl-2"
+    with torch.device("meta"):
+        parts = {
+            "transformer": subject(name, device="meta").model,
+            "vae": diffusers.AutoencoderKL(
+                block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4 if quant else 16,
+                use_quant_conv=quant, use_post_quant_conv=quant, **blocks,
+            ),
+        }  # fmt: skip
+        for kind, config in kinds.get(name, []):
+            parts[f"text {len(parts)}"] = text(kind, config)
+        if name in kinds:
+            parts["t5"] = text("T5EncoderModel", t5)
+    sizes = {}
+    for part, model in parts.items():
+        tensors = {id(t): t for t in model.state_dict(keep_vars=True).values()}  # T5 has its embedding under two names
+        sizes[part] = sum(t.numel() for t in tensors.values())
+    return sizes
+
+
+@pytest.mark.parametrize("name", ["sd3", "sd3.5-large", "flux-dev", "dit-xl-2"])
+def test_sizes_are_those_of_the_real_architectures(name: str) -> None:
+    row, parts = zoo.MODELS[name], real_parts(name)
+    assert row.weights_gb == pytest.approx(2 * sum(parts.values()) / 1e9, abs=0.05)
+    assert row.largest_gb == pytest.approx(2 * max(parts.values()) / 1e9, abs=0.05)
+    stored = 4 if name == "dit-xl-2" else 2  # bytes per number: float32 and 16 bits
+    assert row.download_gb == pytest.approx(stored * sum(parts.values()) / 1e9, abs=0.05)
+
+
+def test_the_de_distilled_flux_is_flux_dev_with_another_transformer() -> None:
+    row, flux = zoo.MODELS["flux-dev-de-distill"], zoo.MODELS["flux-dev"]
+    assert row.single and not flux.single
+    assert replace(row, single="", single_licence="") == flux
 
 
 def test_generate_depends_on_the_seed_of_each_image_alone() -> None:
@@ -225,3 +298,21 @@ def test_the_shipped_models_w_is_that_of_its_calibration() -> None:
     for scale, w in ((1.0, preset.scale), (preset.guidance_scale, preset.scale_with_cfg)):
         of_scale = [row for row in rows if row["guidance_scale"] == scale]
         assert min(of_scale, key=lambda row: abs(row["sharpness_of_real"] - 1))["w"] == w
+
+
+@pytest.mark.parametrize("name", zoo.MODELS)
+def test_rows_name_what_exists(name: str) -> None:
+    import diffusers
+
+    from dgkit.anatomy import TRANSFORMERS
+    from dgkit.anatomy.pipelines import PIPELINES
+    from dgkit.paths import DATA
+
+    row = zoo.MODELS[name]
+    assert issubclass(getattr(diffusers, row.pipeline), diffusers.DiffusionPipeline)
+    assert issubclass(getattr(diffusers, row.transformer), diffusers.ModelMixin) and row.transformer in TRANSFORMERS
+    assert any(row.pipeline.startswith(family) for family in PIPELINES)
+    assert row.licence and row.weights_gb > 0
+    assert row.source.count("/") == 1 if row.source else (DATA / "models" / name / "model_index.json").is_file()
+    assert row.preset.block is None or 0 <= row.preset.block < row.blocks
+    assert all(0 <= dim < row.channels for dim in row.preset.dims or ())

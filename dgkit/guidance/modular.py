@@ -47,7 +47,7 @@ class DetailGuidance(BaseGuidance):
 
     With c and u the conditional and unconditional predictions and c_m the conditional one with `dims` of block `block`
     edited, each step uses u + s (c - u) + w (c - c_m), where s = lambda + 1 in terms of Eq. 5; with s = 1 there is no u
-    and this is c + w (c - c_m), Eq. 4. c_m shares the blocks up to `block` with c, in the same call.
+    and this is c + w (c - c_m), Eq. 4. c_m shares the blocks up to `block` with c, in the same call::
 
         pipe.update_components(guider=dgkit.DetailGuidance(guidance_scale=4.0))
 

@@ -1,0 +1,426 @@
+"""From the hub, a folder or a single file to a pipeline in memory: what `dgkit.load` does once it knows the source.
+
+Weights are safetensors, never pickles, and no code comes with them. What fails raises one `LoadError`, which says what
+to do.
+"""
+
+import errno
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import psutil
+import torch
+from diffusers import DiffusionPipeline
+from diffusers.hooks import apply_group_offloading
+from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers.utils import logging as transformers_logging
+
+from dgkit import downloads
+from dgkit.errors import LoadError
+
+WORKING_GB = 4.0
+"""Memory kept free beside the weights. One image of 1024 pixels needs up to 1.6 GB to be decoded (one at a time,
+whatever the batch) and 0.5 GB per row of a transformer call; the rest is room for some more rows and the allocator."""
+
+# what reading damaged or foreign files raises in diffusers, transformers and safetensors
+_UNREADABLE = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, SafetensorError)
+_PREFIX = "model.diffusion_model."  # of transformers inside whole single-file checkpoints
+
+
+# --------------------------------------------------------------------------------------------------------- from the hub
+
+
+def fetch(repo: str, revision: str = "main", licence: str = "", *, transformer: bool = True) -> Path:
+    """The snapshot folder of a pipeline on the hub; what is not here is downloaded.
+
+    Args:
+        repo: "owner/name".
+        revision: branch, tag, commit or "refs/pr/1".
+        licence: its name, for the error.
+        transformer: whether its transformer's weights are needed; else only their configuration comes.
+
+    Raises:
+        LoadError: no access, no network, no such repository, no safetensors, no room on the disk.
+    """
+    skipped = {} if transformer else {"transformer": None}
+
+    def get(offline: bool) -> Path:
+        # `download` chooses the files: those of the pipeline's parts, without variants and single-file duplicates
+        folder = DiffusionPipeline.download(
+            repo, revision=revision, use_safetensors=True, local_files_only=offline, **skipped
+        )
+        if not transformer:
+            hf_hub_download(repo, "transformer/config.json", revision=revision, local_files_only=offline)
+        if missing := _missing(Path(folder)):
+            raise LocalEntryNotFoundError(f"{missing[0]} is missing")
+        return Path(folder)
+
+    files = '--include "*/*" --include model_index.json --exclude "*fp16*" --exclude "*.bin"'
+    return _get(get, repo, licence, f"{repo} --revision {revision} {files}")
+
+
+def cached(repo: str, revision: str = "main") -> bool:
+    """Whether all parts of a pipeline on the hub seem to be on this machine."""
+    path = try_to_load_from_cache(repo, "model_index.json", revision=revision)
+    return isinstance(path, str) and not _missing(Path(path).parent)
+
+
+def _missing(folder: Path) -> list[str]:
+    """Parts of the pipeline that have no folder."""
+    index = json.loads((folder / "model_index.json").read_text())
+    parts = [name for name, kind in index.items() if isinstance(kind, list) and kind[0] and name != "_class_name"]
+    return [part for part in parts if not (folder / part).is_dir()]
+
+
+def fetch_file(name: str, licence: str = "") -> Path:
+    """A single file on the hub, "owner/name/path".
+
+    Raises:
+        LoadError: as for `fetch`.
+    """
+    owner, repo, path = name.split("/", 2)
+
+    def get(offline: bool) -> Path:
+        return Path(hf_hub_download(f"{owner}/{repo}", path, local_files_only=offline))
+
+    return _get(get, f"{owner}/{repo}", licence, f"{owner}/{repo} {path}")
+
+
+def _get(get: Callable[[bool], Path], repo: str, licence: str, download: str) -> Path:
+    offline = constants.HF_HUB_OFFLINE or not _reachable()
+    try:
+        with quiet():
+            return get(offline)
+    except Exception as error:  # the hub and its HTTP client have no common base of their errors
+        raise LoadError(_advice(error, repo, licence, download, offline)) from error
+
+
+def _reachable() -> bool:
+    try:
+        downloads._reach(constants.ENDPOINT)
+    except OSError:
+        return False
+    return True
+
+
+def _advice(error: BaseException, repo: str, licence: str, download: str, offline: bool) -> str:
+    """One sentence: what is wrong, what to do."""
+    causes = [error]
+    while cause := causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(cause)
+
+    def any_is(*kinds: type[BaseException]) -> bool:
+        return any(isinstance(e, kinds) for e in causes)
+
+    page = f"{constants.ENDPOINT}/{repo}"
+    if any(isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT) for e in causes):
+        return f"the disk is full: make room in {constants.HF_HUB_CACHE}, or set HF_HOME to a folder on another disk"
+    if any_is(GatedRepoError):
+        name = f" ({licence})" if licence else ""
+        return f"{repo} is gated: accept its licence{name} at {page}, and log in with `hf auth login`"
+    if any_is(RepositoryNotFoundError):
+        return f"{repo} is not on the hub, or is private: check the name, or log in with `hf auth login`"
+    if any(isinstance(e, HfHubHTTPError) and e.response.status_code in (401, 403) for e in causes):
+        return f"the hub does not accept this machine's token: log in with `hf auth login`, and see {page}"
+    if any("necessary `safetensors`" in str(e) for e in causes):
+        return f"{repo} has no safetensors weights, and dgkit opens no pickles: give a folder with converted weights"
+    if any("custom code" in str(e) for e in causes):
+        return f"{repo} needs code of its own, and dgkit runs no code from the hub"
+    if any_is(EntryNotFoundError) and not offline:
+        return f"{repo} is not a diffusers pipeline: {_first_line(error)}"
+    reached = "is switched off (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else "cannot be reached"
+    if offline:
+        return (
+            f"{repo} is not completely on this machine and the hub {reached}: run `hf download {download}` on a "
+            f"machine with a network, and copy its ~/.cache/huggingface/hub to {constants.HF_HUB_CACHE}"
+        )
+    return f"{repo} could not be downloaded: {_first_line(error)}"
+
+
+def _first_line(error: BaseException) -> str:
+    return (repr(error) if isinstance(error, LookupError) else str(error).strip() or repr(error)).splitlines()[0]
+
+
+# ------------------------------------------------------------------------------------------------------------ from disk
+
+
+@dataclass(frozen=True)
+class Single:
+    """A transformer that lies in one file or folder of its own, without the other parts of a pipeline.
+
+    Attributes:
+        path: the file or folder.
+        transformer: its diffusers class.
+        blocks, channels: N and d.
+        guidance: whether it has Flux's embedding of the distilled guidance.
+    """
+
+    path: Path
+    transformer: str
+    blocks: int
+    channels: int
+    guidance: bool
+
+    @classmethod
+    def of(cls, path: Path) -> "Single":
+        """What `path` holds, by its header or configuration alone.
+
+        Raises:
+            LoadError: not a 16- or 32-bit safetensors file or a folder with an SD3 or Flux transformer.
+        """
+        return cls._of_folder(path) if path.is_dir() else cls._of_file(path)
+
+    @classmethod
+    def _of_folder(cls, path: Path) -> "Single":
+        try:
+            config = json.loads((path / "config.json").read_text())
+            blocks = config["num_layers"] + config.get("num_single_layers", 0)
+            channels = config["num_attention_heads"] * config["attention_head_dim"]
+            return cls(path, config["_class_name"], blocks, channels, bool(config.get("guidance_embeds")))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise LoadError(
+                f"{path} is not a diffusers pipeline folder: it has no model_index.json, and no config.json of a "
+                f"transformer either"
+            ) from error
+
+    @classmethod
+    def _of_file(cls, path: Path) -> "Single":
+        if path.suffix != ".safetensors":
+            raise LoadError(f"{path} is not a .safetensors file, and dgkit opens no other kind of weights")
+        try:
+            with safe_open(path, "pt") as file:
+                slices = {name.removeprefix(_PREFIX): file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+                kinds = {part.get_dtype() for part in slices.values()}
+                shapes = {name: part.get_shape() for name, part in slices.items()}
+        except (OSError, SafetensorError) as error:
+            raise LoadError(f"{path} could not be read: {_first_line(error)}") from error
+        if foreign := sorted(kinds - {"F32", "F16", "BF16", "F64", "I64"}):
+            raise LoadError(
+                f"{path} has {', '.join(foreign)} weights, with which the activations are others: give a 16-bit file"
+            )
+
+        def count(group: str) -> int:
+            return len({name.split(".")[1] for name in shapes if name.startswith(group)})
+
+        sd3, flux = "SD3Transformer2DModel", "FluxTransformer2DModel"
+        layouts = (  # the original authors', and diffusers'
+            (flux, ("double_blocks.", "single_blocks."), "img_in.weight"),
+            (sd3, ("joint_blocks.",), "x_embedder.proj.weight"),
+            (flux, ("transformer_blocks.", "single_transformer_blocks."), "x_embedder.weight"),
+            (sd3, ("transformer_blocks.",), "pos_embed.proj.weight"),
+        )
+        for name, groups, first in layouts:
+            if all(map(count, groups)) and first in shapes:
+                guidance = any("guidance" in key for key in shapes)
+                return cls(path, name, sum(map(count, groups)), shapes[first][0], guidance)
+        raise LoadError(f"{path} holds no SD3 or Flux transformer in a layout known here")
+
+    def read(self, base: Path, dtype: torch.dtype) -> nn.Module:
+        """The transformer.
+
+        Args:
+            base: pipeline folder whose transformer has the same configuration.
+            dtype: of the weights.
+
+        Raises:
+            LoadError: the weights are broken, incomplete or of another size.
+        """
+        try:
+            model = getattr(diffusers, self.transformer)
+            with quiet():
+                if self.path.is_dir():
+                    return model.from_pretrained(self.path, dtype=dtype, use_safetensors=True, local_files_only=True)
+                # without the embedding the model is de-distilled, whatever the base is
+                options = {"guidance_embeds": self.guidance} if "Flux" in self.transformer else {}
+                return model.from_single_file(
+                    str(self.path), config=str(base), subfolder="transformer", dtype=dtype, local_files_only=True,
+                    **options,
+                )  # fmt: skip
+        except _UNREADABLE as error:
+            reason = "weights are missing" if "meta tensor" in str(error) else _first_line(error)
+            raise LoadError(f"{self.path} could not be loaded as {self.transformer}: {reason}") from error
+
+
+def pipeline_around(path: Path) -> Path | None:
+    """The pipeline folder in which a file or folder lies, or the one around that."""
+    return next((folder for folder in path.resolve().parents[:2] if (folder / "model_index.json").is_file()), None)
+
+
+def read(folder: Path, dtype: torch.dtype, single: Single | None = None) -> Any:
+    """The pipeline in `folder`, on the CPU.
+
+    Args:
+        folder: laid out as on the hub; a folder that has only fp16 variants of some weights will do.
+        dtype: of the weights.
+        single: takes the place of the folder's own transformer.
+
+    Raises:
+        LoadError: the folder is not complete, or its weights are broken, pickles or need code of their own.
+    """
+    parts = {} if single is None else {"transformer": single.read(folder, dtype)}
+    try:
+        with quiet():
+            return DiffusionPipeline.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, local_files_only=True, variant=_variant(folder), **parts
+            )
+    except _UNREADABLE as error:
+        advice = ""
+        if "no file named" in str(error) and any(folder.glob("*/*.bin")):
+            advice = "; it has pickles, which dgkit does not open: convert them to safetensors"
+        raise LoadError(f"{folder} could not be loaded: {_first_line(error)}{advice}") from error
+
+
+def _variant(folder: Path) -> str | None:
+    """ "fp16" if a part has no other weights."""
+    for part in folder.iterdir():
+        names = [file.name for file in part.glob("*.safetensors")] if part.is_dir() else []
+        if names and all(".fp16" in name for name in names):
+            return "fp16"
+    return None
+
+
+_NEEDLESS = (
+    "Expected types for id2label",  # DiT's class names, whose keys JSON turns into strings
+    "Couldn't connect to the Hub",  # a `LoadError` says so, unless everything is here
+    "should be kept in float32: []",
+)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Progress bars only on a terminal, and no needless warnings."""
+
+    def needed(record: logging.LogRecord) -> bool:
+        return not any(words in record.getMessage() for words in _NEEDLESS)
+
+    loggers = [logging.getLogger(f"diffusers.{name}") for name in ("pipelines.pipeline_utils", "models.modeling_utils")]
+    for logger in loggers:
+        logger.addFilter(needed)
+    shown = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
+    if not sys.stderr.isatty():
+        for library in shown:
+            library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(needed)
+        for library in shown:
+            library.enable_progress_bar()
+
+
+# ------------------------------------------------------------------------------------------------------------ to memory
+
+
+def placement(weights_gb: float, largest_gb: float, free_gb: float) -> str | None:
+    """How a pipeline fits into the memory of a GPU.
+
+    Args:
+        weights_gb: of all its parts.
+        largest_gb: of the largest part.
+        free_gb: free memory of the GPU.
+
+    Returns:
+        "whole": everything stays on the GPU. "parts": each part is moved there when it is used. "blocks": each block of
+        the transformer is, and each layer of the text encoders. None: it does not fit.
+    """
+    for way, needed in (("whole", weights_gb), ("parts", largest_gb), ("blocks", 0.0)):
+        if needed + WORKING_GB <= free_gb:
+            return way
+    return None
+
+
+def check_memory(name: str, weights_gb: float, largest_gb: float, device: torch.device, dtype: torch.dtype) -> None:
+    """Before anything is downloaded.
+
+    Args:
+        name: of the model, for the error.
+        weights_gb, largest_gb: of all parts and of the largest, in 16 bits.
+        device: where it shall go.
+        dtype: of the weights.
+
+    Raises:
+        LoadError: the weights do not fit into main memory, or not even their blocks into the GPU's.
+    """
+    scale = dtype.itemsize / 2
+    # everything is read into main memory first, and stays there if it is moved part by part
+    main = psutil.virtual_memory().available / 1e9
+    if (needed := scale * weights_gb) > main:
+        advice = "use a GPU, or dtype=torch.bfloat16" if dtype == torch.float32 else "use a machine with more"
+        raise LoadError(f"{name} needs {needed:.0f} GB of main memory in {dtype}, {main:.0f} GB are free: {advice}")
+    if device.type == "cuda" and placement(scale * weights_gb, scale * largest_gb, free_gb(device)) is None:
+        raise LoadError(_too_little(name, device))
+
+
+def free_gb(device: torch.device) -> float:
+    """Free memory of a GPU; that of other accelerators is not known."""
+    return torch.cuda.mem_get_info(device)[0] / 1e9 if device.type == "cuda" else float("inf")
+
+
+def place(pipe: Any, device: torch.device, name: str) -> Any:
+    """Move a pipeline to its device, as a whole or part by part as the free memory allows.
+
+    Raises:
+        LoadError: it does not fit.
+    """
+    if device.type == "cpu":
+        return pipe.to(device)
+    sizes = [_gigabytes(part) for part in pipe.components.values() if isinstance(part, nn.Module)]
+    way = placement(sum(sizes), max(sizes), free_gb(device))
+    if way is None:
+        raise LoadError(_too_little(name, device))
+    try:
+        return move(pipe, device, way)
+    except torch.OutOfMemoryError as error:  # another program was faster
+        raise LoadError(_too_little(name, device)) from error
+
+
+def move(pipe: Any, device: torch.device, way: str) -> Any:
+    """Move a pipeline to a device in a way of `placement`; in all of them images are decoded one at a time."""
+    if hasattr(getattr(pipe, "vae", None), "use_slicing"):
+        pipe.vae.enable_slicing()
+    if way == "whole":
+        return pipe.to(device)
+    if way == "parts":
+        pipe.enable_model_cpu_offload(device=device)
+        return pipe
+    # group offloading, not `enable_sequential_cpu_offload`, which leaves no weights that could be hashed
+    for name, part in pipe.components.items():
+        if not isinstance(part, nn.Module):
+            continue
+        if name == "transformer":
+            apply_group_offloading(part, device, offload_type="block_level", num_blocks_per_group=1)
+        elif name == "vae":
+            part.to(device)
+        else:
+            apply_group_offloading(part, device, offload_type="leaf_level")
+    return pipe
+
+
+def _gigabytes(part: nn.Module) -> float:
+    tensors: Mapping[int, torch.Tensor] = {id(tensor): tensor for tensor in (*part.parameters(), *part.buffers())}
+    return sum(tensor.nbytes for tensor in tensors.values()) / 1e9
+
+
+def _too_little(name: str, device: torch.device) -> str:
+    return (
+        f"{name} does not fit on {device}, which has {free_gb(device):.1f} GB free: sampling takes about "
+        f"{WORKING_GB:g} GB even if the weights are moved there block by block; close other programs or use another GPU"
+    )
