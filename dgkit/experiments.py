@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 from scipy.stats import spearmanr
 from torch import nn
 
-from dgkit import guidance, paper, stats
+from dgkit import paper, stats
 from dgkit.anatomy import dissect
 from dgkit.errors import DgkitError
 from dgkit.gates import gate_agreement
 from dgkit.generate import generate, own_conditions
 from dgkit.guidance import METHODS, Method
+from dgkit.guidance import guide as guided_by
 from dgkit.hooks import Trace, disrupt, record
 from dgkit.massive import Massive, channel_ratio, detect_massive
 from dgkit.metrics.classifier import inception_score
@@ -427,7 +428,7 @@ def guide(pipe: Any, run: Samples, setting: Setting) -> GuidedRun:
         return GuidedRun(run.images(pipe, setting.guidance_scale), 1.0, evaluations)
     if method is None:
         method = METHODS["dg"](scale=setting.w, block=setting.block, dims=setting.dims)  # type: ignore[call-arg]
-    with guidance.guide(pipe, method) as guided:
+    with guided_by(pipe, method) as guided:
         images = run.images(pipe, setting.guidance_scale)
     return GuidedRun(images, guided.cost.ratio, guided.cost.block_evaluations)
 

@@ -39,7 +39,7 @@ def settings(
     def dg(**changed: Any) -> Setting:
         # at least 1, which is no CFG: s = lambda has no smaller value
         s = max(1.0, changed.pop("guidance_scale", guidance_scale))
-        options = {"scale": w, "block": block, "dims": list(dims)} | changed
+        options: dict[str, Any] = {"scale": w, "block": block, "dims": list(dims)} | changed
         return Setting(s, method=METHODS["dg"](**options))
 
     ordered = trace.mean_abs()[block].argsort(descending=True).tolist()
