@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dgkit.gates import gate_agreement, residual_gates
-    from dgkit.guidance import calibrate, detail_guidance, guide
+    from dgkit.guidance.calibrate import calibrate
+    from dgkit.guidance.guide import detail_guidance, guide
     from dgkit.guidance.modular import DetailGuidance
     from dgkit.hooks import disrupt, record
     from dgkit.massive import detect_massive
