@@ -6,11 +6,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 
 from benchmarks import __main__ as together
-from benchmarks import branches, full_size, record, runs
+from benchmarks import branches, full_size, record, runner, runs
 from benchmarks.models import ARCHITECTURES, subject
 from dgkit.anatomy import dissect
 from dgkit.zoo import MODELS, preset_of
@@ -124,10 +125,12 @@ def test_all_in_one_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     monkeypatch.setattr(record, "SIZES", {"sd3": full_size.TOY["sd3"]})
     memory = record.measure_memory((1, 2))
     monkeypatch.setattr(record, "measure_memory", lambda: memory)
+    worker = pd.DataFrame([{"model": "sleeper", "run": "1 process", "ratio": 0.97, "expected": 0.95, "holds": True}])
+    monkeypatch.setattr(runner, "measure", lambda: worker)
     together.main(["--rounds", "1"])
     title, empty, header, *rows = capsys.readouterr().out.splitlines()
     assert "random weights" in title and not empty and header.split()[:3] == ["model", "run", "over"]
-    assert len(rows) == 4 + 2 + 4
+    assert len(rows) == 4 + 2 + 4 + 1 and "sleeper" in rows[-1]
 
 
 # ----------------------------------------------------------------------------------------------------------- full size
