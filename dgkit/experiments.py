@@ -5,7 +5,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from math import isqrt
+from math import comb, isqrt
 from typing import Any
 
 import numpy as np
@@ -16,13 +16,13 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from dgkit import paper, stats
-from dgkit.anatomy import dissect
+from dgkit.anatomy import Anatomy, dissect
 from dgkit.errors import DgkitError
 from dgkit.gates import gate_agreement
 from dgkit.generate import generate, own_conditions
 from dgkit.guidance import METHODS, Method
 from dgkit.guidance import guide as guided_by
-from dgkit.hooks import Trace, disrupt, record
+from dgkit.hooks import Trace, disrupt, make_edit, record
 from dgkit.massive import Massive, channel_ratio, detect_massive
 from dgkit.metrics.classifier import inception_score
 from dgkit.metrics.features import efficientnet_features
@@ -267,7 +267,7 @@ def intervene(
     Settings: "original"; "massive" (dims zeroed); "left half" (zeroed in those tokens alone, see `left_half`); "norm
     kept" (zeroed, but the later LayerNorms keep their statistics; only for classes whose LayerNorms dgkit knows);
     "mean" (dims set to their token mean); "matched" (non-massive channels of as much magnitude zeroed); "random 1" ..
-    "random `draws`" (as many other channels zeroed, the paper's control).
+    "random `draws`" (as many other channels zeroed, the paper's control; each draw another set).
 
     Raises:
         DgkitError: `draws` is not a positive integer, or as for `dgkit.disrupt`.
@@ -283,13 +283,26 @@ def intervene(
     }
     if not dissect(pipe).row.last_norm:
         del edits["norm kept"]
-    for draw in range(draws):
-        edits[f"random {draw + 1}"] = {"dims": dims, "kind": "random", "seed": seed * 1000 + draw}
+    for draw, own_seed in enumerate(_distinct_draws(dissect(pipe), dims, draws, seed)):
+        edits[f"random {draw + 1}"] = {"dims": dims, "kind": "random", "seed": own_seed}
     images = {"original": run.images(pipe)}
     for name, edit in edits.items():
         with disrupt(pipe, block=block, **edit):
             images[name] = run.images(pipe)
     return images
+
+
+def _distinct_draws(anatomy: Anatomy, dims: Sequence[int], draws: int, seed: int) -> list[int]:
+    """Seeds of `draws` different sets of random channels, from `seed` * 1000 on."""
+    possible = comb(anatomy.channels - len(dims), len(dims))
+    if draws > possible:
+        raise DgkitError(f"random_draws={draws!r} is not allowed: there are {possible} sets of other channels")
+    seeds: dict[tuple[int, ...], int] = {}
+    own_seed = seed * 1000
+    while len(seeds) < draws:
+        seeds.setdefault(tuple(make_edit(anatomy, dims, "random", own_seed).dims), own_seed)
+        own_seed += 1
+    return list(seeds.values())
 
 
 def image_effects(images: Mapping[str, Images], baseline: str, judge: Judge | None = None) -> pd.DataFrame:
@@ -364,8 +377,9 @@ def intervention_values(effects: pd.DataFrame, matched: Sequence[int]) -> dict[s
 def half_values(pipe: Any, run: Samples, images: Mapping[str, Images]) -> dict[str, Any]:
     """What editing the tokens of `left_half` alone does to the pixels under them and to the others.
 
-    "half.edited.high_error" and "half.other.high_error" (see `image_effects`), and "half.contrast", their paired
-    difference. The other pixels need not stay as they are: attention mixes the tokens in all later blocks.
+    "half.edited.high_error" and "half.other.high_error" (see `image_effects`) are those of the original with one part
+    of its pixels replaced by the edited image's, "half.contrast" is their paired difference. The other pixels need not
+    stay as they are: attention mixes the tokens in all later blocks.
 
     Args:
         pipe, run: what made the images.
@@ -374,8 +388,8 @@ def half_values(pipe: Any, run: Samples, images: Mapping[str, Images]) -> dict[s
     original, edited = images["original"], images["left half"]
     side = _token_grid(pipe, run)
     edge = original.shape[2] * (side // 2) // side
-    left = band_error(edited[:, :, :edge], original[:, :, :edge])[1]
-    right = band_error(edited[:, :, edge:], original[:, :, edge:])[1]
+    left = band_error(np.concatenate([edited[:, :, :edge], original[:, :, edge:]], 2), original)[1]
+    right = band_error(np.concatenate([original[:, :, :edge], edited[:, :, edge:]], 2), original)[1]
     return {
         "half.edited.high_error": stats.bootstrap(left),
         "half.other.high_error": stats.bootstrap(right),
@@ -574,7 +588,10 @@ def sweep(runs: Mapping[Any, GuidedRun], baseline: Images, judge: Judge | None) 
     rows = []
     for key, guided in runs.items():
         effects = image_effects({"baseline": baseline, "guided": guided.images}, "baseline", judge)
-        for name, interval in summarise(effects[effects["setting"] == "guided"]).items():
+        measured = summarise(effects[effects["setting"] == "guided"])
+        if judge is not None:
+            measured["guided.agreement_change"] = contrast(effects, "guided", "baseline", "agreement")
+        for name, interval in measured.items():
             rows.append({"key": key, "measure": name.removeprefix("guided.")} | asdict(interval))
     return pd.DataFrame(rows)
 

@@ -170,6 +170,7 @@ class Single:
         transformer: its diffusers class.
         blocks, channels: N and d.
         guidance: whether it has Flux's embedding of the distilled guidance.
+        dual: whether some blocks have a second attention, as SD3.5-Medium's.
     """
 
     path: Path
@@ -177,6 +178,7 @@ class Single:
     blocks: int
     channels: int
     guidance: bool
+    dual: bool
 
     @classmethod
     def of(cls, path: Path) -> "Single":
@@ -193,7 +195,8 @@ class Single:
             config = json.loads((path / "config.json").read_text())
             blocks = config["num_layers"] + config.get("num_single_layers", 0)
             channels = config["num_attention_heads"] * config["attention_head_dim"]
-            return cls(path, config["_class_name"], blocks, channels, bool(config.get("guidance_embeds")))
+            guidance, dual = bool(config.get("guidance_embeds")), bool(config.get("dual_attention_layers"))
+            return cls(path, config["_class_name"], blocks, channels, guidance, dual)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise LoadError(
                 f"{path} is not a diffusers pipeline folder: it has no model_index.json, and no config.json of a "
@@ -228,8 +231,8 @@ class Single:
         )
         for name, groups, first in layouts:
             if all(map(count, groups)) and first in shapes:
-                guidance = any("guidance" in key for key in shapes)
-                return cls(path, name, sum(map(count, groups)), shapes[first][0], guidance)
+                guidance, dual = (any(part in key for key in shapes) for part in ("guidance", ".attn2."))
+                return cls(path, name, sum(map(count, groups)), shapes[first][0], guidance, dual)
         raise LoadError(f"{path} holds no SD3 or Flux transformer in a layout known here")
 
     def read(self, base: Path, dtype: torch.dtype) -> nn.Module:

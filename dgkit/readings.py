@@ -7,11 +7,10 @@ import pandas as pd
 
 from dgkit import paper, stats
 from dgkit.anatomy import dissect
-from dgkit.comparison import ENOUGH_FOR_FRECHET, distance
-from dgkit.experiments import GuidedRun, Setting, frechet_change
+from dgkit.comparison import distance
+from dgkit.experiments import GuidedRun, Setting
 from dgkit.guidance import METHODS
 from dgkit.hooks import Trace
-from dgkit.metrics.judges import Judge
 from dgkit.metrics.spectrum import sharpness
 from dgkit.results import references
 
@@ -55,45 +54,29 @@ def settings(
     }
 
 
-def values(runs: Mapping[str, GuidedRun], judge: Judge | None) -> dict[str, Any]:
+def values(runs: Mapping[str, GuidedRun]) -> dict[str, Any]:
     """What each reading changes, as "READING.MEASURE".
 
     "distance": root mean square distance of the images to those of this book's reading, over that of CFG's images to
-    them (0: the same images; 1: as far as without DG), with its interval. "sharpness_ratio": over CFG's. With a judge
-    and enough images "frechet" and its paired "frechet_change" against this book's reading.
+    them (0: the same images; 1: as far as without DG), with its interval. "sharpness_ratio": over CFG's.
     """
     ours, plain = runs[OURS].images, runs[CFG].images
     moved, sharp = distance(plain, ours).mean(), sharpness(plain).mean()
-    enough = judge is not None and len(ours) >= ENOUGH_FOR_FRECHET
-    features = {name: judge.features(run.images) for name, run in runs.items()} if judge and enough else {}
     measured: dict[str, Any] = {}
     for name, run in runs.items():
         measured[f"{name}.distance"] = stats.bootstrap(distance(run.images, ours) / moved)
         measured[f"{name}.sharpness_ratio"] = stats.bootstrap(sharpness(run.images) / sharp)
-        if judge is not None and enough:
-            measured[f"{name}.frechet"] = judge.frechet(features[name])
-            measured[f"{name}.frechet_change"] = frechet_change(judge, features[name], features[OURS])
     return measured
 
 
 def table(measured: Mapping[str, Any]) -> pd.DataFrame:
     """`values` for people: one row per reading."""
-    columns = {
-        "distance": ("distance to our reading", "{:.2f}"),
-        "sharpness_ratio": ("sharpness over CFG's", "{:.2f}"),
-        "frechet": ("Frechet distance", "{:.2f}"),
-        "frechet_change": ("its change", "{:+.2f}"),
-    }
+    columns = {"distance": "distance to our reading", "sharpness_ratio": "sharpness over CFG's"}
     names = [key.removesuffix(".distance") for key in measured if key.endswith(".distance")]
     rows = {
-        name: {
-            title: form.format(measured[f"{name}.{measure}"])
-            for measure, (title, form) in columns.items()
-            if f"{name}.{measure}" in measured
-        }
-        for name in names
+        name: {title: f"{measured[f'{name}.{measure}']:.2f}" for measure, title in columns.items()} for name in names
     }
-    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("reading")
+    return pd.DataFrame.from_dict(rows, orient="index")
 
 
 def across_models(name: str) -> pd.DataFrame:

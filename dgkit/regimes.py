@@ -17,7 +17,8 @@ from dgkit.hooks import Trace, disrupt
 from dgkit.metrics.judges import Judge
 
 STEPS = {"all steps": (0.0, 1.0), "first half": (0.0, 0.5), "second half": (0.5, 1.0)}
-DETAIL, COLLAPSE, OTHER = "detail only", "content lost", "neither"
+NOTHING, DETAIL, COLLAPSE, UNDECIDED = "almost nothing", "detail only", "content lost", "undecided"
+ALMOST_NONE = 0.05  # relative error, and share of the images that lose what was asked for; our choice
 
 
 def blocks_to_sweep(count: int, preset: int) -> list[int]:
@@ -39,7 +40,7 @@ def sweep(
     seed: int,
     judge: Judge | None,
 ) -> pd.DataFrame:
-    """Zero the k largest channels of one block, or k random others, and compare with the paired originals.
+    """Zero the k largest channels of one block, or k random others (one draw), and compare with the paired originals.
 
     Args:
         pipe: a pipeline.
@@ -95,27 +96,35 @@ def _measured(effects: pd.DataFrame, judged: bool) -> dict[str, float]:
 def regime(row: Mapping[str, float]) -> str:
     """What one edit did, by whole intervals.
 
-    "content lost": the judge finds what was asked for in fewer images. "detail only": that it does not, and that the
-    error at high spatial frequencies is above the one at low frequencies. Else "neither".
+    "content lost": the judge finds what was asked for in fewer images. Where fewer than 5 % of them lose it and the
+    relative error at low spatial frequencies is below 0.05: "almost nothing" if so is the one at high frequencies,
+    "detail only" if it is above. Else "undecided", as without a judge.
     """
-    if row.get("agreement_change.high", 0.0) < 0:
+    if "agreement_change" not in row:
+        return UNDECIDED
+    if row["agreement_change.high"] < 0:
         return COLLAPSE
-    return DETAIL if row["high_error.low"] > row["low_error.high"] else OTHER
+    if row["agreement_change.low"] <= -ALMOST_NONE or row["low_error.high"] >= ALMOST_NONE:
+        return UNDECIDED
+    if row["high_error.high"] < ALMOST_NONE:
+        return NOTHING
+    return DETAIL if row["high_error.low"] > ALMOST_NONE else UNDECIDED
 
 
 def values(table: pd.DataFrame) -> dict[str, Any]:
     """`sweep` as numbers for a result file.
 
-    "regimes.CHANNELS.STEPS" are the rows (block, k, low_error, high_error, sharpness_ratio, agreement_change), of the
-    means; "regimes.CHANNELS.REGIME" counts the settings over all steps that are in a regime, of "regimes.settings";
+    "regimes.CHANNELS.STEPS" are the rows (block, k, then each measure with its low and high end). With a judge
+    "regimes.CHANNELS.REGIME" counts the settings over all steps that are in a regime, of "regimes.settings", and
     "regimes.CHANNELS.collapse_at" is the smallest k that loses the content in some block, 0 for none.
     """
-    columns = ["block", "k", "low_error", "high_error", "sharpness_ratio"]
-    columns += ["agreement_change"] * ("agreement_change" in table)
+    judged = "agreement_change" in table
+    measures = ["low_error", "high_error", "sharpness_ratio"] + ["agreement_change"] * judged
+    columns = ["block", "k", *(f"{measure}{end}" for measure in measures for end in ("", ".low", ".high"))]
     found: dict[str, Any] = {"regimes.settings": int(((table["channels"] == "largest") & _all_steps(table)).sum())}
     for (channels, steps), part in table.groupby(["channels", "steps"], sort=False):
         found[f"regimes.{channels}.{steps}"] = part[columns].to_numpy(float)
-        if steps == "all steps":
+        if steps == "all steps" and judged:
             lost = part.loc[part["regime"] == COLLAPSE, "k"]
             found[f"regimes.{channels}.collapse_at"] = int(lost.min()) if len(lost) else 0
             found |= {f"regimes.{channels}.{r}": int((part["regime"] == r).sum()) for r in (DETAIL, COLLAPSE)}

@@ -56,6 +56,18 @@ def bootstrap(values: ArrayLike, statistic: Literal["mean", "median"] = "mean") 
     return Interval(float(function(sample)), float(interval.low), float(interval.high))
 
 
+def mean(values: ArrayLike) -> Interval:
+    """Mean of `values` (n,) over images: a bootstrap, but Wilson's interval where all are 0 or 1, a share.
+
+    A bootstrap of a share has no width at 0 and 1.
+
+    Raises:
+        DgkitError: as for `bootstrap`.
+    """
+    sample = _finite(values, "values", axes=1)
+    return wilson(sample.sum(), len(sample)) if np.isin(sample, (0, 1)).all() else bootstrap(sample)
+
+
 def paired_bootstrap(
     a: ArrayLike, b: ArrayLike | None = None, statistic: Literal["mean", "median"] = "mean"
 ) -> Interval:

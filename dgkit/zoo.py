@@ -56,6 +56,7 @@ class Model:
         revision: of the hub repository.
         single: "owner/name/path" of a single file on the hub that takes the place of the source's transformer.
         single_licence: its licence.
+        dual: whether some of its blocks have a second attention, by which SD3.5-Medium differs from SD3.
     """
 
     source: str | None
@@ -75,6 +76,7 @@ class Model:
     revision: str = "main"
     single: str = ""
     single_licence: str = ""
+    dual: bool = False
 
 
 _FLUX = Preset(21, (154, 1446), 4.0, 2.0, 3.5, 50, "Tables 4 and 5")
@@ -195,12 +197,12 @@ def _found(name: str) -> tuple[Path, loading.Single | None]:
 
 def _base(single: loading.Single) -> Path:
     """The other parts of the pipeline that a transformer belongs to, from the hub."""
-    shape = (single.transformer, single.blocks, single.channels)
-    row = next((m for m in MODELS.values() if (m.transformer, m.blocks, m.channels) == shape and m.source), None)
+    row = _row(single.transformer, single.blocks, single.channels, single.dual, hub=True)
     if row is None:
+        dual = " and dual attention" if single.dual else ""
         raise LoadError(
-            f"{single.path} is a {single.transformer} with {single.blocks} blocks of {single.channels} channels, which "
-            f"is no model known here: put it into the folder of the pipeline that has its other parts"
+            f"{single.path} is a {single.transformer} with {single.blocks} blocks of {single.channels} channels{dual}, "
+            f"which is no model known here: put it into the folder of the pipeline that has its other parts"
         )
     return _fetch(row, transformer=False)
 
@@ -210,8 +212,14 @@ def _fetch(row: Model, transformer: bool) -> Path:
     return loading.fetch(row.source, row.revision, row.licence.removesuffix(" (gated)"), transformer=transformer)
 
 
+def _row(*shape: Any, hub: bool = False) -> Model | None:
+    """The first row of this transformer, blocks, channels and dual; with `hub` only of models there."""
+    rows = (m for m in MODELS.values() if m.source or not hub)
+    return next((m for m in rows if (m.transformer, m.blocks, m.channels, m.dual) == shape), None)
+
+
 def row_of(target: Any) -> Model | None:
-    """The row of the model that a pipeline, transformer or anatomy is, known by its class, depth and width.
+    """The row of the model that a pipeline, transformer or anatomy is, known by its class, depth, width and `dual`.
 
     None for any other, also for one that has no anatomy or is compiled as a whole.
     """
@@ -219,8 +227,8 @@ def row_of(target: Any) -> Model | None:
         anatomy = target if isinstance(target, Anatomy) else dissect(target)
     except ModelError:
         return None
-    shape = (type(anatomy.model).__name__, len(anatomy.blocks), anatomy.channels)
-    return next((m for m in MODELS.values() if (m.transformer, m.blocks, m.channels) == shape), None)
+    dual = bool(getattr(anatomy.model.config, "dual_attention_layers", ()))
+    return _row(type(anatomy.model).__name__, len(anatomy.blocks), anatomy.channels, dual)
 
 
 def preset_of(target: Any) -> Preset | None:

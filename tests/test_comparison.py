@@ -142,7 +142,7 @@ def test_reuse_distance_is_zero_for_full_dg_and_one_for_none(pipe: Any, run: exp
     assert values["every 2nd step.reuse_cost"] == pytest.approx((21 + 16) / 32)
     images = run.images(pipe, 4.0).astype(float)
     black = np.zeros_like(images)
-    assert comparison._distance(images, black) == pytest.approx([np.sqrt((i**2).mean()) for i in images])
+    assert comparison.distance(images, black) == pytest.approx([np.sqrt((i**2).mean()) for i in images])
     assert list(comparison.reuse_table(values).index) == list(comparison.REUSES)
 
 

@@ -23,7 +23,7 @@ from dgkit.guidance import METHODS
 from dgkit.massive import Massive
 from dgkit.metrics.classifier import fashion_classifier
 from dgkit.metrics.judges import FashionJudge, Judge
-from dgkit.metrics.spectrum import sharpness
+from dgkit.metrics.spectrum import band_error, sharpness
 from dgkit.paths import DATA
 from dgkit.stats import Interval
 from dgkit.tiny.data import FASHION_MNIST_CLASSES
@@ -384,8 +384,15 @@ def test_intervene_equals_edits_by_hand(monkeypatch, pipe, run):
     for name, dims in zip(draws, drawn, strict=True):
         assert len(set(dims)) == len(DIMS) and not set(dims) & set(DIMS)
         assert np.array_equal(images[name], hooked(pipe, run, zero(dims)))
-    assert len({tuple(dims) for dims in drawn}) > 1
+    assert len({tuple(dims) for dims in drawn}) == 4
     assert all(not np.array_equal(images[name], plain) for name in images if name != "original")
+
+
+def test_no_set_of_random_channels_is_drawn_twice(pipe, run):
+    images = experiments.intervene(pipe, run.first(1), block=BLOCK, dims=[3], matched=[1], draws=CHANNELS - 1, seed=2)
+    assert len({batch.tobytes() for name, batch in images.items() if name.startswith("random")}) == CHANNELS - 1
+    with pytest.raises(DgkitError, match=f"random_draws={CHANNELS} is not allowed: there are {CHANNELS - 1} sets"):
+        experiments.intervene(pipe, run.first(1), block=BLOCK, dims=[3], matched=[1], draws=CHANNELS, seed=2)
 
 
 def test_an_identical_copy_has_no_effect():
@@ -509,10 +516,18 @@ def test_left_half_of_the_tokens(pipe, run):
 def test_effect_of_an_edit_on_both_halves_of_the_image(pipe, run):
     original = random_images()
     edited = original.copy()
-    edited[:, :, :14] = 0  # everything is lost on the left, nothing on the right
+    edited[:, :, :14] = 255 - edited[:, :, :14]  # the right half stays
     values = experiments.half_values(pipe, run, {"original": original, "left half": edited})
-    assert values["half.edited.high_error"].value == pytest.approx(1)
-    assert values["half.other.high_error"].value == 0 and values["half.contrast"].value == pytest.approx(1)
+    assert values["half.other.high_error"].value == 0
+    assert values["half.edited.high_error"].value == pytest.approx(band_error(edited, original)[1].mean())
+    assert values["half.contrast"].value == values["half.edited.high_error"].value
+    edited[:, :, 14:] = 255 - edited[:, :, 14:]  # all of it: both halves count against the whole image
+    values = experiments.half_values(pipe, run, {"original": original, "left half": edited})
+    assert values["half.other.high_error"].value == pytest.approx(values["half.edited.high_error"].value, rel=0.2)
+    original[0, :, :14] = 7  # a flat half is no reason to stop
+    assert np.isfinite(
+        experiments.half_values(pipe, run, {"original": original, "left half": edited})["half.contrast"].value
+    )
 
 
 def test_massive_channels_against_each_draw():
@@ -660,6 +675,14 @@ def test_sweep_rows():
     assert table["key"].tolist() == [0.5] * 4 + [2.0] * 4 and table["measure"].tolist() == measures * 2
     assert table["value"].to_numpy() == pytest.approx([0.25, 0.25, 0.25, 0, 0, 0, 1, 0], abs=1e-12)
     assert (table["low"] <= table["value"] + 1e-12).all() and (table["value"] <= table["high"] + 1e-12).all()
+
+
+def test_sweep_pairs_the_agreement_with_that_of_the_baseline():
+    images = random_images(6)
+    judge = WhiteJudge([*images[:4, 0, 0, 0], 1, 1])
+    table = experiments.sweep({1.0: GuidedRun(halved(images))}, images, judge).set_index("measure")
+    right, before = (halved(images)[:, 0, 0, 0] == judge.conditions), (images[:, 0, 0, 0] == judge.conditions)
+    assert table.loc["agreement_change", "value"] == pytest.approx(right.mean() - before.mean())
 
 
 def test_sweep_values():

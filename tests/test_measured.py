@@ -413,7 +413,7 @@ def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(BOOK / "_ext"))
     source = tmp_path / "source"
     source.mkdir()
-    (source / "conf.py").write_text('extensions = ["myst_parser", "measured"]\n')
+    (source / "conf.py").write_text('extensions = ["myst_nb", "measured"]\n')
 
     def run(directive: str) -> tuple[str, str]:
         page = source / "index.md"

@@ -54,11 +54,13 @@ def test_every_setting_is_the_edit_it_names(pipe: Any) -> None:
     assert figures.regimes(table).axes and regimes.regime_table(table).shape == (6, 2)
 
 
-def test_without_a_judge_no_content_is_called_lost(pipe: Any) -> None:
+def test_without_a_judge_nothing_is_decided(pipe: Any) -> None:
     run = experiments.samples(pipe, 2, seed=5, steps=2)
     trace = experiments.observe(pipe, run)
     table = regimes.sweep(pipe, run, trace, blocks=[0], counts=[2], timed=0, seed=0, judge=None)
-    assert "agreement_change" not in table and regimes.COLLAPSE not in set(table["regime"])
+    assert "agreement_change" not in table and set(table["regime"]) == {"undecided"}
+    found = regimes.values(table)
+    assert found["regimes.settings"] == 1 and not [key for key in found if "collapse_at" in key or "only" in key]
     assert figures.regimes(table).axes
 
 
@@ -70,21 +72,29 @@ def test_bad_counts_are_refused(pipe: Any, k: Any) -> None:
         regimes.sweep(pipe, run, trace, blocks=[0], counts=[1, k], timed=0, seed=0, judge=None)
 
 
-def row(low: float, high: float, change: tuple[float, float] | None = None) -> dict[str, float]:
-    """Errors with intervals of 0.1 to both sides, and the interval of the change of agreement."""
-    made = {"low_error.low": low - 0.1, "low_error.high": low + 0.1, "high_error.low": high - 0.1}
-    return made if change is None else made | {"agreement_change.low": change[0], "agreement_change.high": change[1]}
-
-
-def test_regimes() -> None:
-    assert regimes.regime(row(0.1, 0.5)) == "detail only"
-    assert regimes.regime(row(0.1, 0.5, (-0.2, 0.0))) == "detail only"  # the interval holds no change
-    assert regimes.regime(row(0.1, 0.5, (-0.3, -0.1))) == "content lost"
-    assert regimes.regime(row(0.4, 0.5, (-0.1, 0.1))) == "neither"  # the intervals overlap
+@pytest.mark.parametrize(
+    ("low", "high", "change", "found"),
+    [
+        ((0.00, 0.04), (0.06, 0.90), (-0.04, 0.10), "detail only"),
+        ((0.00, 0.04), (0.00, 0.04), (-0.04, 0.10), "almost nothing"),
+        ((0.00, 0.04), (0.06, 0.90), (-0.30, -0.01), "content lost"),
+        ((0.00, 0.04), (0.00, 0.04), (-0.30, -0.01), "content lost"),
+        ((0.00, 0.04), (0.06, 0.90), (-0.06, 0.10), "undecided"),  # too few images to say that none is lost
+        ((0.00, 0.06), (0.06, 0.90), (-0.04, 0.10), "undecided"),  # the structure changes, too
+        ((0.00, 0.04), (0.04, 0.90), (-0.04, 0.10), "undecided"),
+    ],
+)
+def test_regimes(low: tuple[float, float], high: tuple[float, float], change: tuple[float, float], found: str) -> None:
+    row = {"agreement_change": sum(change) / 2}
+    for name, ends in (("low_error", low), ("high_error", high), ("agreement_change", change)):
+        row |= {f"{name}.low": ends[0], f"{name}.high": ends[1]}
+    assert regimes.regime(row) == found
+    assert regimes.regime({key: value for key, value in row.items() if "agreement" not in key}) == "undecided"
 
 
 def test_values_count_settings_over_all_steps() -> None:
-    base = {"low_error": 0.1, "high_error": 0.5, "sharpness_ratio": 1.0, "agreement_change": 0.0}
+    measures = ("low_error", "high_error", "sharpness_ratio", "agreement_change")
+    base = {f"{m}{end}": i + j / 10 for i, m in enumerate(measures) for j, end in enumerate(("", ".low", ".high"))}
     cases = [
         ("largest", "all steps", 0, 1, "detail only"),
         ("largest", "all steps", 0, 8, "content lost"),
@@ -100,7 +110,8 @@ def test_values_count_settings_over_all_steps() -> None:
     assert found["regimes.largest.collapse_at"] == 8 and found["regimes.random.collapse_at"] == 0
     assert found["regimes.largest.detail only"] == 1 and found["regimes.random.detail only"] == 2
     assert found["regimes.largest.content lost"] == 1 and found["regimes.random.content lost"] == 0
-    assert found["regimes.largest.first half"].tolist() == [[3, 1, 0.1, 0.5, 1.0, 0.0]]
+    expected = [[3, 1, 0, 0.1, 0.2, 1, 1.1, 1.2, 2, 2.1, 2.2, 3, 3.1, 3.2]]
+    assert np.allclose(found["regimes.largest.first half"], expected)
 
 
 def test_blocks_to_sweep() -> None:

@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from dgkit.metrics.classifier import agreement, fashion_classifier
+from dgkit.metrics.classifier import agreement, fashion_classifier, inception_score
 from dgkit.metrics.frechet import frechet_distance_to
+from dgkit.metrics.precision_recall import precision_recall
 from dgkit.paths import DATA
 from dgkit.zoo import row_of
 
@@ -28,6 +29,8 @@ class Judge(ABC):
         conditions: one per image, in the images' order.
     """
 
+    name: ClassVar[str]
+    """Of the network."""
     data: ClassVar[str]
     """Name of the data set, as in `zoo.Model.data`."""
 
@@ -70,7 +73,7 @@ class Judge(ABC):
 class FashionJudge(Judge):
     """`fashion-classifier`: whether its most probable class is the one asked for."""
 
-    data = "fashion-mnist"
+    name, data = "fashion-classifier", "fashion-mnist"
 
     @property
     def network(self) -> Any:
@@ -86,7 +89,7 @@ class TileJudge(Judge):
     The others are drawn from `data/prompts/dungeon-tiles.txt`; which ones depends on the image's position and caption.
     """
 
-    data = "dungeon-tiles"
+    name, data = "tile-matcher", "dungeon-tiles"
 
     @property
     def network(self) -> "TileMatcher":
@@ -111,6 +114,30 @@ def judge_of(pipe: Any, conditions: Sequence[Any]) -> Judge | None:
     row = row_of(pipe)
     kind = next((judge for judge in JUDGES if row and judge.data == row.data), None)
     return kind(conditions) if kind else None
+
+
+def judge_set_scores(judge: Judge, images: Any) -> dict[str, float]:
+    """Scores of a set of images on the judge's network, as those of Inception are on its own.
+
+    Args:
+        judge: what was asked for does not count.
+        images: uint8 (N, H, W, 3). With no more of them than features the Frechet distance is mostly bias.
+
+    Returns:
+        "frechet": distance to the training set; "is": exp(KL) of the classes' probabilities, in one part; "precision",
+        "recall": of Kynkaanniemi et al. 2019 with k = 3, against real images that nothing was trained on.
+
+    Raises:
+        DgkitError: images of another shape, or fewer than 4.
+    """
+    features = judge.features(images)
+    shares = precision_recall(judge.real_features, features)
+    return {
+        "frechet": judge.frechet(features),
+        "is": inception_score(judge.network(images)),
+        "precision": shares.precision,
+        "recall": shares.recall,
+    }
 
 
 @cache

@@ -44,7 +44,7 @@ class Outcome:
         wins: share of answers for `a` by question, of those who answered it.
         left: share of answers for the image on the left by question; 0.5 but for chance, whatever the images are.
         counts: number of answers by question.
-        files: SHA-256 of the answer files by name.
+        files: names of the answer files by their SHA-256.
     """
 
     key: Key
@@ -130,7 +130,7 @@ def analyse(answers: Sequence[Path], key: Path | None = None) -> Outcome:
     digests = {}
     for path in paths:
         content = _content(path)
-        digests[path.name] = hashlib.sha256(content.encode()).hexdigest()
+        digests[hashlib.sha256(content.encode()).hexdigest()] = path.name
         for where, row in _rows(path, content):
             _check(where, row, found)
             cell = (row["question"], row["annotator"], row["pair"])
