@@ -45,7 +45,7 @@ class Timing:
 
 @dataclass(frozen=True)
 class Work:
-    """What one row of a table takes; None where the paper does not state the depth of Detail Guidance.
+    """What one row of a table takes.
 
     Attributes:
         row: the row.
@@ -56,8 +56,8 @@ class Work:
 
     row: Row
     images: int
-    block_evaluations: int | None
-    gpu_hours: float | None
+    block_evaluations: int
+    gpu_hours: float
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,14 @@ class Plan:
     images_gb: float
 
     @property
+    def distinct(self) -> tuple[Work, ...]:
+        """Without rows whose images are those of an earlier row: they are made once."""
+        return tuple({work.row.sampled: work for work in reversed(self.work)}.values())[::-1]
+
+    @property
     def gpu_hours(self) -> float:
-        """Of all rows that have some."""
-        return sum(work.gpu_hours or 0.0 for work in self.work)
+        """Of all images."""
+        return sum(work.gpu_hours for work in self.distinct)
 
     @property
     def download_gb(self) -> float:
@@ -121,13 +126,15 @@ class Plan:
                     f"{work.images:,}",
                     str(row.steps),
                     f"{row.guidance_scale:g}",
-                    "?" if work.block_evaluations is None else f"{work.block_evaluations:,}",
-                    "?" if work.gpu_hours is None else f"{work.gpu_hours:,.1f}",
+                    f"{work.block_evaluations:,}",
+                    f"{work.gpu_hours:,.1f}",
                 )
             )
-        images = sum(work.images for work in self.work)
-        evaluations = sum(work.block_evaluations or 0 for work in self.work)
-        lines += [_line("all", f"{images:,}", "", "", f"{evaluations:,}", f"{self.gpu_hours:,.1f}"), ""]
+        images = sum(work.images for work in self.distinct)
+        evaluations = sum(work.block_evaluations for work in self.distinct)
+        shared = len(self.work) > len(self.distinct)
+        label = "all, shared rows once" if shared else "all"
+        lines += [_line(label, f"{images:,}", "", "", f"{evaluations:,}", f"{self.gpu_hours:,.1f}"), ""]
         lines += [f"GPU hours  {model}: {basis}" for model, basis in self.basis.items()]
         lines += [f"memory     {name}: {memory(MODELS[name])}" for name in self.basis]
         lines += [
@@ -163,7 +170,11 @@ def plan(table: str, model: str | None = None) -> Plan:
         ),
         basis={name: _basis(name, timings[name]) for name in models},
         items=(*_models(models), *_scorers(rows)),
-        images_gb=sum(row.count * row.seed_blocks * 3 * MODELS[row.model].side ** 2 for row in rows) / 1e9,
+        images_gb=sum(
+            row.count * row.seed_blocks * 3 * MODELS[row.model].side ** 2
+            for row in {row.sampled: row for row in rows}.values()
+        )
+        / 1e9,
     )
 
 
@@ -195,23 +206,21 @@ def timing(name: str) -> Timing | None:
     return max(found, key=lambda pair: pair[0])[1] if found else None
 
 
-def gpu_hours(row: Row, measured: Timing | None) -> float | None:
-    """GPU hours of one row; None where its work is not known.
+def gpu_hours(row: Row, measured: Timing | None) -> float:
+    """GPU hours of one row.
 
     Args:
         row: of a table.
         measured: times of its model; FLOPs are counted without.
     """
     evaluations = protocol.block_evaluations(row)
-    if evaluations is None:
-        return None
     if measured is None:
         return evaluations * block_flops(MODELS[row.model]) / (EFFICIENCY * PEAK_TFLOPS * 1e12) / 3600
     cfg, dg = row.guidance_scale > 1, row.methods.get("dg")
     share = 1.0
     if dg is not None:  # measured at the preset's depth
         at_preset = replace(row, methods={"dg": {**dg, "block": MODELS[row.model].preset.block}})
-        share = evaluations / (protocol.block_evaluations(at_preset) or evaluations)
+        share = evaluations / protocol.block_evaluations(at_preset)
     run = ("CFG+DG replay" if cfg else "DG replay") if dg is not None else ("CFG" if cfg else "plain")
     return share * row.count * row.seed_blocks * row.steps * measured.milliseconds[run] / 1000 / 3600
 

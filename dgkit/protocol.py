@@ -4,6 +4,7 @@ Every printed number comes from `data/paper` or from the presets of the zoo, whi
 does not state is listed in `Row.assumed`, and what cannot be assumed, in `Row.lacking`.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,6 +13,7 @@ import pandas as pd
 
 from dgkit import paper
 from dgkit.errors import DgkitError
+from dgkit.generate.job import canonical
 from dgkit.paths import DATA
 from dgkit.zoo import MODELS, Preset
 
@@ -21,15 +23,15 @@ NAMES = {"SD3": "sd3", "SD3.5": "sd3.5-large", "Flux": "flux-dev"}
 SMALL = {"sd3": "tiny-sd3", "sd3.5-large": "tiny-sd3", "flux-dev": "tiny-flux", "dit-xl-2": "tiny-dit"}
 """The embedded model that stands in for a large one when the whole path is tried in small."""
 
-UNNAMED = ("flux-dev",)
-"""Models in whose place the paper used a checkpoint that it does not name."""
+UNNAMED = {"flux-dev": "flux-dev-de-distill"}
+"""Models in whose place the paper used a checkpoint that it does not name, and the zoo's that may take its place."""
 
 SMALL_COUNT, SMALL_STEPS = 24, 8
 SMALL_SET, SMALL_SET_STEPS = 70, 4  # more images than the judge has features
 
 SCORES = ("clipscore", "blipscore", "hpsv2.1", "aesthetic")
 SMALL_SCORES = ("judge-agreement", "sharpness", "high-frequency-energy", "structure-similarity")
-SMALL_SET_SCORES = ("judge-frechet", "judge-inception", "judge-precision", "judge-recall")
+SMALL_SET_SCORES = ("judge-frechet", "judge-is", "judge-precision", "judge-recall")
 """What stands in for the paper's scores on images of 28 or 32 pixels, which its networks were not made for."""
 
 SEED_BLOCKS = 3  # of scores of whole sets, which have no interval of their own
@@ -51,16 +53,17 @@ class Row:
         methods: guidance methods by name, with their parameters, as in `dgkit.generate.job.Job`.
         paper: the scores as printed, by the name of the metric; "hpsv2.1/anime" for one style. With `wins`, the
             printed probabilities of winning against `baseline`.
+        rounding: by the same names, half a unit of the last digit that is printed.
         scores: what is to be measured: names of metrics, those in `paper` among them.
         baseline: label of the row that this one is compared with, image by image; "" for none.
         wins: whether it is compared by the probability to score higher, ties counted half; else by the difference.
         claims: where nothing is printed, what the paper says of the comparison in words: 1 for higher than the
-            baseline, -1 for lower, 0 for comparable.
+            baseline, -1 for lower; with `wins` also 0 for comparable.
         disruption: arguments of `dgkit.disrupt`; none if empty.
         seed_blocks: how many sets of `count` images, each of a seed of its own.
         conditional: False for unconditional sampling (the null class).
         assumed: what the paper does not state and is assumed here.
-        lacking: what the paper does not state and nothing can be assumed for: "block", "dims" or "scale".
+        lacking: what the paper does not state and nothing can be assumed for: "dims" or "scale".
     """
 
     table: str
@@ -73,6 +76,7 @@ class Row:
     methods: Mapping[str, Mapping[str, Any]]
     paper: Mapping[str, float]
     scores: tuple[str, ...]
+    rounding: Mapping[str, float] = field(default_factory=dict)
     baseline: str = ""
     wins: bool = False
     claims: Mapping[str, int] = field(default_factory=dict)
@@ -81,6 +85,12 @@ class Row:
     conditional: bool = True
     assumed: tuple[str, ...] = ()
     lacking: tuple[str, ...] = field(default=())
+
+    @property
+    def sampled(self) -> str:
+        """Everything that decides its images, as text: rows that have it in common are sampled once."""
+        names = ("model", "prompts", "count", "steps", "guidance_scale", "methods", "disruption", "seed_blocks")
+        return canonical({name: getattr(self, name) for name in (*names, "conditional")})
 
 
 def rows(table: str, model: str | None = None) -> list[Row]:
@@ -143,6 +153,7 @@ def small(row: Row) -> Row:
         methods=methods,
         disruption=_disruption(preset, row.disruption["kind"]) if row.disruption else {},
         paper={},
+        rounding={},
         scores=SMALL_SET_SCORES if sets else SMALL_SCORES,
         claims={},
         assumed=(),
@@ -151,7 +162,7 @@ def small(row: Row) -> Row:
 
 
 def filled(row: Row, **values: Any) -> Row:
-    """The row with Detail Guidance's `block`, `dims` or `scale` set where the paper is silent.
+    """The row with Detail Guidance's `dims` or `scale` set where the paper is silent.
 
     Raises:
         DgkitError: something is still lacking.
@@ -169,17 +180,36 @@ def filled(row: Row, **values: Any) -> Row:
     return replace(row, methods=dict(row.methods) | {"dg": dict(row.methods["dg"]) | own}, lacking=())
 
 
-def block_evaluations(row: Row) -> int | None:
-    """What a row costs: evaluations of one transformer block for one image; None where DG's block is not stated.
+def options(table: str, model: str) -> str:
+    """What `dgkit reproduce` has to be told of a table on this model beside both names: "" or " --dims DIM --scale W".
+
+    Raises:
+        DgkitError: as for `rows`.
+    """
+    lacking = {name for row in rows(table, model) for name in row.lacking}
+    given = {"weights": UNNAMED.get(model), "dims": "DIM", "scale": "W"}
+    return "".join(
+        f" --{name} {value}" for name, value in given.items() if name in lacking or name == "weights" and value
+    )
+
+
+def evaluations(blocks: int, cfg: bool, block: int | None = None) -> int:
+    """Evaluations of one transformer block in one step of one image.
 
     DG computes the blocks up to the edited one once for both passes.
+
+    Args:
+        blocks: of the model.
+        cfg: whether there is an unconditional pass.
+        block: that DG edits, zero-based; None without DG.
     """
-    blocks, dg = MODELS[row.model].blocks, row.methods.get("dg")
-    if dg is not None and "block" not in dg:
-        return None
-    passes = blocks * (2 if row.guidance_scale > 1 else 1)
-    degraded = blocks - (dg["block"] + 1) if dg is not None else 0
-    return row.count * row.seed_blocks * row.steps * (passes + degraded)
+    return blocks * (2 if cfg else 1) + (0 if block is None else blocks - (block + 1))
+
+
+def block_evaluations(row: Row) -> int:
+    """What a row costs: `evaluations` of all its images."""
+    of_step = evaluations(MODELS[row.model].blocks, row.guidance_scale > 1, row.methods.get("dg", {}).get("block"))
+    return row.count * row.seed_blocks * row.steps * of_step
 
 
 def _dg(preset: Preset, guidance_scale: float) -> dict[str, Any]:
@@ -194,6 +224,17 @@ def _disruption(preset: Preset, kind: str) -> dict[str, Any]:
     return {"block": preset.block, "dims": list(preset.dims or ()), "kind": kind}
 
 
+def printed_rounding(number: int) -> pd.DataFrame:
+    """Half a unit of the last digit of each number that a table of the paper prints; nan where there is none."""
+    return pd.read_csv(DATA / "paper" / f"table{number}.csv", dtype=str).map(half_unit)
+
+
+def half_unit(printed: str) -> float:
+    """Half a unit of the last digit of a number as printed: 0.005 of "28.70"; nan of what is no such number."""
+    digits = re.fullmatch(r"-?\d+\.?(\d*)", printed)
+    return 0.5 / 10 ** len(digits[1]) if digits else float("nan")
+
+
 def _with_cfg(printed: str) -> float:
     """s of the rows CFG + DG: Table 5's lambda of Eq. 5, plus 1."""
     table = paper.table(5)
@@ -202,8 +243,8 @@ def _with_cfg(printed: str) -> float:
 
 def _scored(number: int) -> list[Row]:
     """Tables 1 and 3: prompts of Pick-a-Pic, four scores, with and without CFG and DG."""
-    made = []
-    for line in paper.table(number).to_dict("records"):
+    made, rounding = [], printed_rounding(number)
+    for index, line in enumerate(paper.table(number).to_dict("records")):
         name = NAMES[line["model"]]
         preset, dg, cfg = MODELS[name].preset, line["dg"] == "yes", line["type"] == "CFG"
         scale = (_with_cfg(line["model"]) if dg else preset.guidance_scale) if cfg else 1.0
@@ -221,6 +262,7 @@ def _scored(number: int) -> list[Row]:
                 guidance_scale=scale,
                 methods={"dg": _dg(preset, scale)} if dg else {},
                 paper={score: float(line[score]) for score in SCORES},
+                rounding={score: float(rounding[score][index]) for score in SCORES},
                 scores=SCORES,
                 baseline=f"{line['model']} {line['type']}" if dg else "",
                 assumed=assumed,
@@ -241,11 +283,12 @@ def _table_2() -> list[Row]:
         "DG": (1.0, {"dg": _dg(preset, 1.0)}, ()),
         "CFG+DG": (_with_cfg("SD3"), {"dg": _dg(preset, 2.0)}, ()),
     }
-    made = []
-    for line in paper.table(2).to_dict("records"):
+    columns = {f"hpsv2.1/{style}": column for column, style in STYLES.items()}
+    columns |= {"hpsv2.1": "average", "aesthetic": "aesthetic"}
+    made, rounding = [], printed_rounding(2)
+    for index, line in enumerate(paper.table(2).to_dict("records")):
         scale, methods, assumed = settings[line["method"]]
-        styles = {f"hpsv2.1/{style}": float(line[column]) for column, style in STYLES.items()}
-        scores = styles | {"hpsv2.1": float(line["average"]), "aesthetic": float(line["aesthetic"])}
+        scores = {score: float(line[column]) for score, column in columns.items()}
         made.append(
             Row(
                 table="table2",
@@ -257,6 +300,7 @@ def _table_2() -> list[Row]:
                 guidance_scale=scale,
                 methods=methods,
                 paper=scores,
+                rounding={score: float(rounding[column][index]) for score, column in columns.items()},
                 scores=tuple(scores),
                 baseline="CFG" if line["method"] != "CFG" else "",
                 assumed=assumed,
@@ -267,9 +311,9 @@ def _table_2() -> list[Row]:
 
 def _table_6() -> list[Row]:
     """DiT-XL/2 on ImageNet: no CFG, with and without a class."""
-    preset = MODELS["dit-xl-2"].preset
-    made = []
-    for line in paper.table(6).to_dict("records"):
+    preset, scores = MODELS["dit-xl-2"].preset, ("fid", "is", "precision", "recall")
+    made, rounding = [], printed_rounding(6)
+    for index, line in enumerate(paper.table(6).to_dict("records")):
         dg, parameters = line["dg"] == "yes", _dg(preset, 1.0)
         made.append(
             Row(
@@ -281,13 +325,14 @@ def _table_6() -> list[Row]:
                 steps=preset.steps,
                 guidance_scale=1.0,
                 methods={"dg": parameters} if dg else {},
-                paper={score: float(line[score]) for score in ("fid", "is", "precision", "recall")},
-                scores=("fid", "is", "precision", "recall"),
+                paper={score: float(line[score]) for score in scores},
+                rounding={score: float(rounding[score][index]) for score in scores},
+                scores=scores,
                 baseline=line["type"] if dg else "",
                 seed_blocks=SEED_BLOCKS,
                 conditional=line["type"] == "Cond",
                 assumed=("the number of images and of steps: DiT's own protocol",),
-                lacking=tuple(name for name in ("block", "dims", "scale") if dg and name not in parameters),
+                lacking=tuple(name for name in ("dims", "scale") if dg and name not in parameters),
             )
         )
     return made
@@ -393,23 +438,3 @@ TABLES: dict[str, Callable[[], list[Row]]] = {
     "fig8": _figure_8,
 }
 """The tables and figures that can be regenerated, by name."""
-
-
-def overview() -> pd.DataFrame:
-    """Every row of every table: what it samples."""
-    return pd.DataFrame(
-        {
-            "table": row.table,
-            "row": row.label,
-            "model": row.model,
-            "prompts": row.prompts,
-            "images": row.count,
-            "steps": row.steps,
-            "s": row.guidance_scale,
-            "methods": ", ".join(f"{name} {dict(parameters)}" for name, parameters in row.methods.items()) or "none",
-            "disruption": str(dict(row.disruption)) if row.disruption else "none",
-            "not stated": "; ".join((*row.lacking, *row.assumed)),
-        }
-        for table in TABLES
-        for row in rows(table)
-    )

@@ -8,7 +8,6 @@ in different blocks and steps, so here all three are swept.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from dgkit.errors import DgkitError
@@ -137,7 +136,7 @@ def _all_steps(table: pd.DataFrame) -> "pd.Series[bool]":
 
 def regime_table(table: pd.DataFrame) -> pd.DataFrame:
     """`sweep` for people: the regime of each setting, a row per (channels, steps, block), a column per k."""
-    shown = table.pivot(index=["channels", "steps", "block"], columns="k", values="regime")
-    order = table[["channels", "steps", "block"]].drop_duplicates()
-    shown = shown.loc[list(order.itertuples(index=False, name=None))]
-    return shown.rename(columns=lambda k: f"k = {k}").replace({np.nan: "not run"})
+    keys = ["channels", "steps", "block"]
+    shown = table.pivot(index=keys, columns="k", values="regime").rename(columns=lambda k: f"k = {k}")
+    order = table[keys].drop_duplicates()
+    return shown.loc[list(order.itertuples(index=False, name=None))].reset_index().rename_axis(columns=None)

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable
 
+from dgkit import protocol
 from dgkit.book import beside, exhibits, runs, verdicts
 from dgkit.book.text import code, table
 from dgkit.errors import DgkitError
@@ -15,9 +16,10 @@ def costs() -> str:
     for name, model in MODELS.items():
         if model.source is None or model.preset.block is None:
             continue
-        n, m = model.blocks, model.preset.block + 1
-        ratios = ((2 * n - m) / (2 * n), (3 * n - m) / (3 * n), (3 * n - m) / (2 * n))
-        lines.append((code(name), str(n), str(m), *(f"{ratio:.2f}" for ratio in ratios)))
+        n, block = model.blocks, model.preset.block
+        alone, beside_cfg = (protocol.evaluations(n, cfg, block) for cfg in (False, True))
+        ratios = (alone / (2 * n), beside_cfg / (3 * n), beside_cfg / protocol.evaluations(n, True))
+        lines.append((code(name), str(n), str(block + 1), *(f"{ratio:.2f}" for ratio in ratios)))
     header = ("", "N", "m", "DG: (2N - m) / 2N", "CFG + DG: (3N - m) / 3N", "CFG + DG over CFG: (3N - m) / 2N")
     return table(header, lines)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from dgkit import paper
+from dgkit import paper, protocol
 from dgkit.book.text import code, plain, table
 from dgkit.errors import DgkitError
 from dgkit.results import Record, references
@@ -46,13 +46,15 @@ def beside_paper(number: str) -> str:
 
 def _paper_rows(number: int, kind: str, model: str = "") -> Iterator[tuple[str, ...]]:
     rows = paper.table(number)
-    rows = rows[(rows["type"] == kind) & (rows.get("model", model) == model)].set_index("dg")
+    rows = rows[(rows["type"] == kind) & (rows.get("model", model) == model)]
+    rounding = protocol.printed_rounding(number).loc[rows.index].sum()  # of both numbers of a difference
+    rows = rows.set_index("dg")
     for score, name in SCORES.items():
         if score in rows:
             before, after = float(rows.loc["no", score]), float(rows.loc["yes", score])
-            change = f"{after - before:+.2f}"
-            better = _word(after < before if score == "fid" else after > before)
-            yield model or "DiT-XL/2", kind, name, f"{before:.2f}", f"{after:.2f}", change, better
+            change, reach = after - before, rounding[score]
+            better = _beyond(Interval(change, change - reach, change + reach), lower=score == "fid")
+            yield model or "DiT-XL/2", kind, name, f"{before:.2f}", f"{after:.2f}", f"{change:+.2f}", better
 
 
 def _guidance(number: int) -> Iterator[tuple[str, ...]]:
@@ -112,10 +114,8 @@ def _imagenet() -> Iterator[tuple[str, ...]]:
                 before, after = values[f"{kind.lower()}.{measure}"], values[f"{kind.lower()}+DG.{measure}"]
                 change = values.get(f"{kind.lower()}.{measure}_change")
                 shown = plain(format(change, "+.2f")) if change else f"{after.value - before.value:+.2f}"
-                lower = measure == "frechet"
-                apart = after.high < before.low if lower else after.low > before.high
-                reverse = after.low > before.high if lower else after.high < before.low
-                better = _word(apart) if apart or reverse else "undecided"
+                difference = Interval(after.value - before.value, after.low - before.high, after.high - before.low)
+                better = _beyond(change or difference, lower=measure == "frechet")
                 yield code(model), kind, name, _level(before), _level(after), shown, better
 
 
@@ -127,7 +127,3 @@ def _beyond(change: Interval, lower: bool) -> str:
     """Whether a change is for the better, if its whole interval is on one side."""
     low, high = (-change.high, -change.low) if lower else (change.low, change.high)
     return "yes" if low > 0 else "no" if high < 0 else "undecided"
-
-
-def _word(better: bool) -> str:
-    return "yes" if better else "no"

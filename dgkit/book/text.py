@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 
-from dgkit import notebooks
+from dgkit import notebooks, protocol
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>|$~#])")
 
@@ -30,8 +30,9 @@ def chapter_link(notebook: str, words: str = "chapter") -> str:
 
 
 def on_models(command: str, models: Sequence[str]) -> str:
-    """A command with the first model, and the others that it takes."""
-    first, *others = models
+    """A command with the first model, and the others that it takes, each with the options that it needs there."""
+    name = command.removeprefix("dgkit reproduce ")
+    first, *others = (model + (protocol.options(name, model) if name in protocol.TABLES else "") for model in models)
     return code(f"{command} --model {first}") + "".join(f" or {code(model)}" for model in others)
 
 

@@ -238,12 +238,11 @@ def paper_scale() -> str:
         for model in dict.fromkeys(row.model for row in protocol.rows(name)):
             found = plan.plan(name, model)
             basis |= found.basis
-            evaluations = [work.block_evaluations for work in found.work if work.block_evaluations is not None]
             lines.append(
                 (
                     on_models(f"dgkit reproduce {name}", [model]),
-                    f"{sum(work.images for work in found.work):,}",
-                    f"{sum(evaluations):,}",
+                    f"{sum(work.images for work in found.distinct):,}",
+                    f"{sum(work.block_evaluations for work in found.distinct):,}",
                     _hours(found.gpu_hours),
                     f"{sum(item.gigabytes for item in found.items):.0f} GB",
                     plain(MODELS[model].licence),
