@@ -108,9 +108,8 @@ def _parser() -> argparse.ArgumentParser:
     reproduce.add_argument("--small", action="store_true", help="the whole path on the embedded stand-in, in a minute")
     reproduce.add_argument("--count", type=int, metavar="N", help="images per row; by default the paper's")
     reproduce.add_argument(
-        "--block", type=int, help="of Detail Guidance, zero-based, where the paper does not state it"
+        "--dims", type=int, nargs="+", metavar="DIM", help="of Detail Guidance, where the paper does not state them"
     )
-    reproduce.add_argument("--dims", type=int, nargs="+", metavar="DIM", help="the same for its channels")
     reproduce.add_argument("--scale", type=float, metavar="W", help="the same for w")
     reproduce.add_argument("--weights", metavar="NAME|PATH|HUB_ID", help="to use in the model's place")
     reproduce.add_argument("--output", type=Path, metavar="DIR", help="by default _build/reproduce")
@@ -246,9 +245,9 @@ def _study_analyse(arguments: argparse.Namespace) -> int:
 
 
 def _reproduce(arguments: argparse.Namespace) -> int:
-    from dgkit.reproduce import reproduce, wanted
+    from dgkit.reproduce import OthersAtWork, reproduce, wanted
 
-    given = {name: getattr(arguments, name) for name in ("block", "dims", "scale", "weights")}
+    given = {name: getattr(arguments, name) for name in ("dims", "scale", "weights")}
     parts = wanted(None if arguments.all else arguments.table, arguments.model, small=arguments.small, **given)
     status = 0
     for table, model in parts:
@@ -257,6 +256,8 @@ def _reproduce(arguments: argparse.Namespace) -> int:
                 table, model, small=arguments.small, count=arguments.count, **given,
                 engine=arguments.engine, workers=arguments.workers, output=arguments.output,
             )  # fmt: skip
+        except OthersAtWork as waiting:
+            print(f"{table} on {model}: {waiting}", flush=True)
         except DgkitError as error:
             if len(parts) == 1:
                 raise

@@ -97,8 +97,8 @@ class Plan:
 
     @property
     def distinct(self) -> tuple[Work, ...]:
-        """Without rows whose images are those of an earlier row: they are made once."""
-        return tuple({work.row.sampled: work for work in reversed(self.work)}.values())[::-1]
+        """One row for each set of images: rows that share theirs sample them once."""
+        return tuple({work.row.sampled: work for work in self.work}.values())
 
     @property
     def gpu_hours(self) -> float:

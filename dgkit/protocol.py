@@ -187,10 +187,9 @@ def options(table: str, model: str) -> str:
         DgkitError: as for `rows`.
     """
     lacking = {name for row in rows(table, model) for name in row.lacking}
-    given = {"weights": UNNAMED.get(model), "dims": "DIM", "scale": "W"}
-    return "".join(
-        f" --{name} {value}" for name, value in given.items() if name in lacking or name == "weights" and value
-    )
+    given = {"weights": UNNAMED[model]} if model in UNNAMED else {}
+    given |= {name: value for name, value in (("dims", "DIM"), ("scale", "W")) if name in lacking}
+    return "".join(f" --{name} {value}" for name, value in given.items())
 
 
 def evaluations(blocks: int, cfg: bool, block: int | None = None) -> int:
@@ -226,7 +225,7 @@ def _disruption(preset: Preset, kind: str) -> dict[str, Any]:
 
 def printed_rounding(number: int) -> pd.DataFrame:
     """Half a unit of the last digit of each number that a table of the paper prints; nan where there is none."""
-    return pd.read_csv(DATA / "paper" / f"table{number}.csv", dtype=str).map(half_unit)
+    return pd.read_csv(DATA / "paper" / f"table{number}.csv", dtype=str).map(half_unit, na_action="ignore")
 
 
 def half_unit(printed: str) -> float:

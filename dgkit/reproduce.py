@@ -1,11 +1,13 @@
 """A table of the paper by one command: its rows' images, their scores, and the paper's numbers beside ours.
 
 Images lie in run folders of `dgkit.generate`, named by what decides them, so a killed run goes on, and rows that tables
-share are made once. Scores of networks are kept beside the images. The result file is `<output>/<model>/<table>.json`.
+share are made once. Scores of networks are kept beside the images. The result file is `<output>/<model>/<table>.json`,
+with what took the model's place instead of it, and `<table>-<count>.json` for another number of images.
 """
 
 import gc
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,15 +25,12 @@ from dgkit import metrics, prompts, protocol, results, stats
 from dgkit.downloads import local
 from dgkit.errors import DgkitError
 from dgkit.generate.job import Job
-from dgkit.generate.run import own_device, run
+from dgkit.generate.run import Report, own_device, run, share
 from dgkit.generate.store import Store, load_images
-from dgkit.metrics.classifier import inception_score
-from dgkit.metrics.judges import JUDGES, Judge
-from dgkit.metrics.precision_recall import precision_recall
+from dgkit.metrics.judges import JUDGES, FashionJudge, judge_set_scores
 from dgkit.metrics.sets import Features, Inception, Reference, imagenet_reference, set_scores
 from dgkit.metrics.weights import WEIGHTS
 from dgkit.paths import build_dir
-from dgkit.prompts import IMAGENET_IMAGES
 from dgkit.protocol import Row
 from dgkit.stats import Interval
 from dgkit.zoo import MODELS
@@ -40,8 +39,6 @@ Array = NDArray[np.float64]
 
 COMPARABLE = 0.1
 """A win probability within 1/2 +- this counts as the paper's "similar", which it says of 0.462 and of 0.512."""
-ROUNDING = 0.005
-"""Half a unit of the digits that the paper prints."""
 
 _NULL_CLASS = 1000  # DiT's
 _BLOCK_SIZES = {"imagenet": 50, "fashion-mnist": 35}  # small images; divisors of the sets
@@ -49,10 +46,14 @@ _INCEPTION = ("fid", "is", "precision", "recall")
 _JUDGE = {
     "judge-agreement": "agreement",
     "judge-frechet": "Frechet distance",
-    "judge-inception": "exp(KL) of classes",
+    "judge-is": "exp(KL) of classes",
     "judge-precision": "precision",
     "judge-recall": "recall",
 }
+
+
+class OthersAtWork(DgkitError):
+    """This process has made its share of the images, and other processes have not yet made theirs."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def wanted(table: str | None, model: str | None, *, small: bool = False, **given
         model: only this one; None for every model of a table, or with `small` one for each embedded model, which stands
             in for several.
         small: see `reproduce`.
-        given: `reproduce`'s `block`, `dims`, `scale` and `weights`; None for what is not.
+        given: `reproduce`'s `dims`, `scale` and `weights`; None for what is not.
 
     Raises:
         DgkitError: unknown table or model, something given that none of them lacks, or `weights` for several models.
@@ -153,7 +154,7 @@ def wanted(table: str | None, model: str | None, *, small: bool = False, **given
         standing = {(name, protocol.SMALL[of]): (name, of) for name, of in reversed(pairs)}
         pairs = {pair: None for pair in pairs if pair in standing.values()}
     lacking = {name for row in rows for name in row.lacking}
-    for name in ("block", "dims", "scale"):
+    for name in ("dims", "scale"):
         if given.get(name) is not None and name not in lacking:
             raise DgkitError(f"--{name} is not needed here: the paper states it for every row")
     if given.get("weights") is not None and len({of for _, of in pairs}) > 1:
@@ -167,7 +168,6 @@ def reproduce(
     *,
     small: bool = False,
     count: int | None = None,
-    block: int | None = None,
     dims: Sequence[int] | None = None,
     scale: float | None = None,
     weights: str | None = None,
@@ -182,34 +182,43 @@ def reproduce(
         model: one of its models, by its name in the zoo.
         small: the whole path on the embedded model that stands in for it, with few images and other scores.
         count: images per row (and seed block); by default the paper's.
-        block, dims, scale: of Detail Guidance, where the paper does not state them; elsewhere they change nothing.
+        dims, scale: of Detail Guidance, where the paper does not state them; elsewhere they change nothing.
         weights: another name, pipeline folder or hub id to use in the model's place.
         engine, workers: see `dgkit.generate.run.run`.
         output: folder of images and result; `_build/reproduce` by default.
 
     Raises:
-        DgkitError: unknown table, model or count, something that the paper does not state is not given, images are
-            still missing (another worker's, or they could not be made), or as for `dgkit.generate.run.run`.
+        OthersAtWork: this process's share of the images is made, and other processes' is not.
+        DgkitError: unknown table, model or count, something that the paper does not state is not given, images could
+            not be made, or as for `dgkit.generate.run.run`.
     """
-    rows = _rows(table, model, small, count, block, dims, scale, weights)
+    rows = _rows(table, model, small, dims, scale, weights)
+    stated = rows[0].count  # of all rows
+    if count is not None:
+        if isinstance(count, bool) or not isinstance(count, int) or count < 2:
+            raise DgkitError(f"count={count!r} is not allowed: give an integer, 2 or above")
+        rows = [replace(row, count=count) for row in rows]
     output = build_dir() / "reproduce" if output is None else Path(output)
+    name = table if rows[0].count == stated else f"{table}-{count}"
+    path = output / results.safe_name(str(weights or rows[0].model)) / f"{name}.json"
     started = time.monotonic()
     if not small:
         _announce_missing(rows)
     jobs = {row.label: [job_of(row, seed, weights) for seed in range(row.seed_blocks)] for row in rows}
     folders = _generate(jobs, output / "images", engine, workers)
     measured = _measure(rows, folders)
-    lines = tuple(_lines(rows, measured))
+    lines = tuple(_lines(rows, measured, stated))
     parameters = {
-        "model": rows[0].model, "table": table, "weights": weights, "block": block, "dims": dims, "scale": scale,
-        "small": small, "count": rows[0].count, "steps": rows[0].steps, "prompts": rows[0].prompts,
+        "model": rows[0].model, "table": table, "weights": weights, "dims": dims, "scale": scale, "small": small,
+        "count": rows[0].count, "steps": rows[0].steps, "prompts": rows[0].prompts,
         "seeds": list(range(rows[0].seed_blocks)),
     }  # fmt: skip
     provenance = _provenance(parameters, jobs, folders, measured)
     if weights is None:
-        provenance["block_evaluations"] = sum(protocol.block_evaluations(row) or 0 for row in rows)
+        distinct = {row.sampled: row for row in rows}.values()
+        provenance["block_evaluations"] = sum(map(protocol.block_evaluations, distinct))
     provenance["wall_seconds"] = round(time.monotonic() - started, 1)
-    path = _save(table, parameters, provenance, lines, output)
+    _save(table, parameters, provenance, lines, path)
     return Reproduction(
         f"{table} on {weights or rows[0].model}", lines, tuple(_notes(rows, small, model, weights)), path
     )
@@ -222,28 +231,22 @@ def _rows(
     table: str,
     model: str,
     small: bool,
-    count: int | None,
-    block: int | None,
     dims: Sequence[int] | None,
     scale: float | None,
     weights: str | None,
 ) -> list[Row]:
-    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 2):
-        raise DgkitError(f"count={count!r} is not allowed: give an integer, 2 or above")
     rows = protocol.rows(table, model)
     if small:
-        given = {"block": block, "dims": dims, "scale": scale, "weights": weights}
+        given = {"dims": dims, "scale": scale, "weights": weights}
         if names := [f"--{name}" for name, value in given.items() if value is not None]:
             raise DgkitError(f"{', '.join(names)} not allowed with --small: the embedded model has its own")
         rows = list({row.label: row for row in map(protocol.small, rows)}.values())
     elif model in protocol.UNNAMED and weights is None:
-        names = [name for name, other in MODELS.items() if other.source == MODELS[model].source]
         raise DgkitError(
-            f"{table} was measured on a variant of {model} that the paper does not name: give --weights with a name "
-            f"({', '.join(names)}), a pipeline folder or a hub id"
+            f"{table} was measured on a variant of {model} that the paper does not name: give --weights "
+            f"{protocol.UNNAMED[model]}, or another name, pipeline folder or hub id"
         )
-    rows = [protocol.filled(row, block=block, dims=None if dims is None else list(dims), scale=scale) for row in rows]
-    return [row if count is None else replace(row, count=count) for row in rows]
+    return [protocol.filled(row, dims=None if dims is None else list(dims), scale=scale) for row in rows]
 
 
 def _announce_missing(rows: Sequence[Row]) -> None:
@@ -295,7 +298,7 @@ def _generate(
     jobs: Mapping[str, Sequence[Job]], images: Path, engine: str, workers: int | None
 ) -> dict[str, list[Path]]:
     folders: dict[str, list[Path]] = {}
-    reports = {}
+    reports: dict[Path, Report] = {}
     for number, (label, sets) in enumerate(jobs.items(), 1):
         print(f"row {number} of {len(jobs)}: {label}", file=sys.stderr, flush=True)
         folders[label] = [images / job.name for job in sets]
@@ -304,15 +307,25 @@ def _generate(
             if torch.cuda.is_available():  # the pipeline, before the next one looks for memory
                 gc.collect()
                 torch.cuda.empty_cache()
-    there, expected = (sum(getattr(r, name) for r in reports.values()) for name in ("present", "expected"))
-    if there < expected:
-        failed = [f"image {i} of {r.folder.name}: {why}" for r in reports.values() for i, why in r.failures.items()]
-        reason = f"; {len(failed)} could not be made, first {failed[0]}" if failed else ""
-        raise DgkitError(
-            f"{there} of {expected} images are there{reason}. When no other worker is at it, the same command makes "
-            "the rest, then scores them"
+    # counted now, not after each job: of those who share the work, whoever is last has to find everything
+    there, expected = sum(Store(folder).count() for folder in reports), sum(r.expected for r in reports.values())
+    if there == expected:
+        return folders
+    rank, world = share(os.environ) if engine == "local" else (0, 1)
+    failed = [(folder, i, why) for folder, report in reports.items() for i, why in report.failures.items()]
+    if world > 1 and all(i // Store(folder).job.block_size % world != rank for folder, i, _ in failed):
+        raise OthersAtWork(
+            f"worker {rank + 1} of {world} has made its share: {there} of {expected} images are there, and the worker "
+            "that finishes last scores them"
         )
-    return folders
+    reason = ""
+    if failed:
+        folder, index, why = failed[0]
+        reason = f"; {len(failed)} could not be made, first image {index} of {folder.name}: {why}"
+    raise DgkitError(
+        f"{there} of {expected} images are there{reason}. When no other worker is at it, the same command makes the "
+        "rest, then scores them"
+    )
 
 
 # -------------------------------------------------------------------------------------------------------------- scoring
@@ -424,38 +437,33 @@ def _inception_scores(rows: Sequence[Row], folders: Folders) -> Table:
 def _judge_scores(names: Sequence[str], rows: Sequence[Row], folders: Folders) -> Table:
     """Scores by the network of an embedded model's data: agreement per image, the others per seed block."""
     kind = next(judge for judge in JUDGES if judge.data == rows[0].prompts)
-    network = {"fashion-mnist": "fashion-classifier", "dungeon-tiles": "tile-matcher"}[kind.data]
-    identity = f"{network}@{results.weights_sha256(kind(()).network)[:12]}"
+    identity = f"{kind.name}@{results.weights_sha256(kind(()).network)[:12]}"
+    width = kind(()).real_features.shape[1]
     measured: Table = {}
     for row in rows:
         runs = [(Store(folder).job, load_images(folder)) for folder in folders[row.label]]
-        for name in names:
-            label = f"{_JUDGE[name]} ({network})"
-            try:
-                if name == "judge-agreement":
-                    ((job, images),) = runs
-                    judge = kind([job.condition(i) for i in range(job.count)])
-                    values = judge.agreement(images).astype(np.float64)
-                else:
-                    values = np.array([_judge_set_score(name, kind(()), images) for _, images in runs])
-            except DgkitError as error:
-                measured[row.label, name] = Measured(label, reason=str(error))
+        reasons: dict[str, str] = {}
+        found: dict[str, Array] = {}
+        try:
+            if "judge-agreement" in names:
+                ((job, images),) = runs
+                judge = kind([job.condition(i) for i in range(job.count)])
+                found["judge-agreement"] = judge.agreement(images).astype(np.float64)
             else:
-                measured[row.label, name] = Measured(label, values, f"{name}|{identity}")
-    return measured
-
-
-def _judge_set_score(name: str, judge: Judge, images: NDArray[np.uint8]) -> float:
-    if name == "judge-inception":
-        return inception_score(judge.network(images))
-    features = judge.features(images)
-    if name == "judge-frechet":
-        if len(features) <= features.shape[1]:
-            raise DgkitError(
-                f"{len(features)} images are too few for a Frechet distance on {features.shape[1]} features"
+                blocks = [judge_set_scores(FashionJudge(()), images) for _, images in runs]
+                found = {f"judge-{score}": np.array([block[score] for block in blocks]) for score in blocks[0]}
+        except DgkitError as error:
+            reasons = dict.fromkeys(names, str(error))
+        if row.count <= width:
+            reasons["judge-frechet"] = f"{row.count} images are too few for a Frechet distance on {width} features"
+        for name in names:
+            label = f"{_JUDGE[name]} ({kind.name})"
+            measured[row.label, name] = (
+                Measured(label, reason=reasons[name])
+                if name in reasons
+                else Measured(label, found[name], f"{name}|{identity}")
             )
-        return judge.frechet(features)
-    return getattr(precision_recall(judge.real_features, features), name.removeprefix("judge-"))
+    return measured
 
 
 def _kept(folder: Path, name: str, identity: str, compute: Callable[[], Any]) -> Any:
@@ -479,30 +487,33 @@ def _label(name: str) -> str:
 # ------------------------------------------------------------------------------------------------------------ comparing
 
 
-def _lines(rows: Sequence[Row], measured: Table) -> Iterator[Line]:
+def _lines(rows: Sequence[Row], measured: Table, stated: int) -> Iterator[Line]:
+    """Of all rows; `stated` is how many images the paper's numbers are of."""
     by_label = {row.label: row for row in rows}
     for row in rows:
         for score in row.scores:
             if (row.label, score) not in measured:  # a score of pairs, in a row that is compared with none
                 continue
             found = measured[row.label, score]
-            yield _level(row, score, found)
+            yield _level(row, score, found, stated)
             if row.baseline and (row.baseline, score) in measured:
                 yield _comparison(row, by_label[row.baseline], score, found, measured[row.baseline, score])
 
 
-def _level(row: Row, score: str, found: Measured) -> Line:
+def _level(row: Row, score: str, found: Measured, stated: int) -> Line:
     """A score of a row as such."""
     paper, key = None if row.wins else row.paper.get(score), f"{row.label}.{score}"
     if found.values is None:
         return Line(row.label, found.name, key, paper, None, None, f"not available: {found.reason}")
-    ours = _mean(found.values, row.seed_blocks)
+    # of one value per image, or per seed block where there are several
+    ours = over_blocks(found.values) if row.seed_blocks > 1 else stats.mean(found.values)
     if paper is None:
         return Line(row.label, found.name, key, None, ours, None, "-")
-    if score in _INCEPTION and row.count != IMAGENET_IMAGES:
-        return Line(row.label, found.name, key, paper, ours, None, "not comparable: the paper's is of 50,000 images")
-    low, high = ours.low - ROUNDING, ours.high + ROUNDING
-    verdict = "higher than printed" if low > paper else "lower than printed" if high < paper else "as printed"
+    if row.count != stated:
+        reason = f"not comparable: the paper's is of {stated:,} images"
+        return Line(row.label, found.name, key, paper, ours, None, reason)
+    low, high = ours.low - row.rounding[score], ours.high + row.rounding[score]
+    verdict = "higher than printed" if low > paper else "lower than printed" if high < paper else "within our interval"
     return Line(row.label, found.name, key, paper, ours, ours.value - paper, verdict)
 
 
@@ -522,7 +533,10 @@ def _comparison(row: Row, baseline: Row, score: str, found: Measured, other: Mea
     else:
         change = over_blocks if row.seed_blocks > 1 else stats.paired_bootstrap
         ours = change(found.values - other.values)
-        claim = row.claims.get(score) if paper is None else int(np.sign(paper))
+        claim = row.claims.get(score)
+        if paper is not None:  # a difference that rounding may have made claims nothing
+            reach = row.rounding[score] + baseline.rounding[score]
+            claim = int(np.sign(paper)) if abs(paper) > reach else None
     difference = None if paper is None else ours.value - paper
     return Line(row.label, quantity, key, paper, ours, difference, verdict(ours, neutral, claim))
 
@@ -533,7 +547,7 @@ def verdict(ours: Interval, neutral: float, claim: int | None) -> str:
     Args:
         ours: a difference or a win probability with its interval.
         neutral: where neither row is ahead, 0 or 1/2.
-        claim: 1 for above, -1 for below, 0 for comparable, None if the paper claims nothing.
+        claim: 1 for above, -1 for below, None if the paper claims nothing; of win probabilities 0 for comparable.
 
     Returns:
         "reproduced" if the whole interval lies where the paper says, "not reproduced" if all of it lies elsewhere, else
@@ -543,20 +557,13 @@ def verdict(ours: Interval, neutral: float, claim: int | None) -> str:
     if claim is None:
         return "higher" if above else "lower" if below else "no difference seen"
     if claim == 0:
+        assert neutral == 0.5, "scores have no common unit in which to be comparable"
         inside = neutral - COMPARABLE <= ours.low and ours.high <= neutral + COMPARABLE
         outside = ours.low > neutral + COMPARABLE or ours.high < neutral - COMPARABLE
         return "reproduced" if inside else "not reproduced" if outside else "undecided"
     if not above and not below:
         return "undecided"
     return "reproduced" if above == (claim > 0) else "not reproduced"
-
-
-def _mean(values: Array, seed_blocks: int) -> Interval:
-    """Mean over images, or over seed blocks where there are several."""
-    if seed_blocks > 1:
-        return over_blocks(values)
-    # a bootstrap of a proportion has no width at 0 and 1
-    return stats.wilson(values.sum(), len(values)) if np.isin(values, (0, 1)).all() else stats.bootstrap(values)
 
 
 def over_blocks(values: Array) -> Interval:
@@ -604,7 +611,8 @@ def _provenance(
     measured: Table,
 ) -> dict[str, Any]:
     """As of other results, from the run folders: images may be older than this process."""
-    made = [entry for paths in folders.values() for path in paths for entry in Store(path).provenance()]
+    distinct = dict.fromkeys(path for paths in folders.values() for path in paths)  # rows may share their images
+    made = [entry for path in distinct for entry in Store(path).provenance()]
     first = folders[next(iter(folders))][0]
     identity = json.loads((first / "model.json").read_text())
     return results._provenance(dict(parameters), None) | {
@@ -625,8 +633,8 @@ def _seconds(shard: Mapping[str, Any]) -> float:
 
 
 def _save(
-    table: str, parameters: Mapping[str, Any], provenance: Mapping[str, Any], lines: Sequence[Line], output: Path
-) -> Path:
+    table: str, parameters: Mapping[str, Any], provenance: Mapping[str, Any], lines: Sequence[Line], path: Path
+) -> None:
     """Write the result file: "ROW.SCORE" is ours, with ".paper" and ".verdict" beside it."""
     values: dict[str, Any] = {}
     for line in lines:
@@ -638,7 +646,5 @@ def _save(
         dict(provenance),
         {key: results._encoded(value, key) for key, value in values.items()},
     )
-    path = output / results.safe_name(str(parameters["model"])) / f"{table}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     results._write(path, results._text(record))
-    return path

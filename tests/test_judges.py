@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from scipy.linalg import sqrtm
+from scipy.spatial.distance import cdist
+from scipy.special import log_softmax
 
 import dgkit
 from dgkit import zoo
 from dgkit.errors import DgkitError
 from dgkit.metrics import judges
 from dgkit.metrics.classifier import fashion_classifier
-from dgkit.metrics.judges import FashionJudge, Judge, TileJudge, judge_of
+from dgkit.metrics.judges import FashionJudge, Judge, TileJudge, judge_of, judge_set_scores
 from dgkit.paths import DATA
 from dgkit.tiny.matcher import load_matcher
 from tests import tiny_models
@@ -33,7 +35,7 @@ def test_a_model_is_judged_by_the_network_of_its_data(monkeypatch: pytest.Monkey
     for name, pipe in pipes.items():
         anatomy = dgkit.anatomy.dissect(pipe)
         row = zoo.Model(None, type(pipe).__name__, type(pipe.transformer).__name__, len(anatomy.blocks),
-                        anatomy.channels, "", 0.0, preset, data="dungeon-tiles")  # fmt: skip
+                        anatomy.channels, "", 0.0, preset, data="dungeon-tiles", dual=name == "sd3")  # fmt: skip
         monkeypatch.setattr(zoo, "MODELS", {name: row})
         judge = judge_of(pipe, ("red ring item",))
         assert isinstance(judge, TileJudge) and judge.conditions == ["red ring item"]
@@ -56,6 +58,22 @@ def test_features_and_distance(kind: type[Judge], size: int, network: Any, width
     assert judge.frechet(features) == pytest.approx(distance, rel=1e-3)
     np.testing.assert_array_equal(judge.real_features, real["sample"])
     assert judge.sharpness_of_real == real["sharpness"] > 0
+
+
+def test_scores_of_a_set_are_their_definitions() -> None:
+    images, judge = noise(40, 28), FashionJudge(())
+    found = judge_set_scores(judge, images)
+    generated, real = judge.features(images), judge.real_features.astype(np.float64)
+    assert found["frechet"] == judge.frechet(generated)
+    p = np.exp(log_softmax(np.asarray(fashion_classifier()(images), np.float64), axis=1))
+    divergence = (p * np.log(p / p.mean(axis=0))).sum(axis=1)
+    assert found["is"] == pytest.approx(np.exp(divergence.mean()), rel=1e-6)
+
+    def covered(samples: np.ndarray, manifold: np.ndarray) -> float:
+        radii = np.sort(cdist(manifold, manifold), axis=1)[:, 3]  # the nearest is the sample itself
+        return float((cdist(samples, manifold) <= radii).any(axis=1).mean())
+
+    assert (found["precision"], found["recall"]) == (covered(generated, real), covered(real, generated))
 
 
 @pytest.mark.parametrize(("kind", "size", "network", "width"), JUDGES)

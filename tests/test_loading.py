@@ -379,6 +379,25 @@ def test_a_transformers_folder(hub: Hub, address: str, small_rows: None, tmp_pat
     assert f"{FLUX}/vae/config.json" in hub.served and f"{FLUX}/transformer/config.json" in hub.served
 
 
+@pytest.mark.parametrize("layout", ["authors'", "diffusers'", "folder"])
+def test_sd3_5_medium_alone_is_not_taken_for_sd3(
+    layout: str, hub: Hub, address: str, small_rows: None, tmp_path: Path
+) -> None:
+    """It has second attentions in some blocks, and is otherwise of SD3's class, depth and width."""
+    own, lone = hub.folder(SD35) / "transformer", tmp_path / "lone.safetensors"
+    if layout == "folder":
+        lone = shutil.copytree(own, tmp_path / "deep" / "er" / "transformer")
+        config = json.loads((lone / "config.json").read_text()) | {"dual_attention_layers": [0]}
+        (lone / "config.json").write_text(json.dumps(config))
+    elif layout == "diffusers'":
+        save_file(stored(own) | {"transformer_blocks.0.attn2.to_q.weight": torch.zeros(96, 96)}, lone)
+    else:
+        second = "model.diffusion_model.joint_blocks.0.x_block.attn2.qkv.weight"
+        save_file(original_sd3(stored(own)) | {second: torch.zeros(288, 96)}, lone)
+    with pytest.raises(LoadError, match="8 blocks of 96 channels and dual attention, which is no model known here"):
+        dgkit.load(lone, device="cpu")
+
+
 def test_what_no_transformer_can_be_read_from(hub: Hub, address: str, tmp_path: Path) -> None:
     good = original_sd3(dict(stored(hub.folder(SD35) / "transformer")))
 

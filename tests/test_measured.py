@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from markdown_it import MarkdownIt
 
-from dgkit import book, findings, notebooks, paper, protocol, results
+from dgkit import book, findings, notebooks, paper, protocol, reproduce, results
 from dgkit.book import beside, exhibits, runs, verdicts
 from dgkit.book.text import on_models, plain, table
 from dgkit.book.verdicts import Evidence
@@ -210,6 +210,7 @@ def test_the_papers_scale() -> None:
     evaluations = images * (n + (2 * n - m) + 2 * n + (3 * n - m))
     assert shown["`dgkit reproduce table1 --model sd3`"][:2] == ["2,000", f"{evaluations:,}"]
     assert len(shown) == sum(len({row.model for row in protocol.rows(name)}) for name in protocol.TABLES)
+    assert shown["`dgkit reproduce fig8 --model sd3`"][0] == "13,500"  # two of the 28 rows share their 500 images
     assert all(float(cells[2].replace(",", "")) > 0 and cells[4] for cells in shown.values())
 
 
@@ -250,6 +251,25 @@ def test_table_3_beside_ours(reference: Any) -> None:
         ["`tiny-flux`", "Cond", "high-frequency share", "", "", r"+0.0010 \[-0.0010, +0.0030\]", "undecided"],
     ]  # fmt: skip
     assert [cells[6] for cells in shown[7:]] == ["yes", "no", "yes", "yes"]  # BLIPScore falls beside CFG
+
+
+def test_a_difference_within_rounding_is_not_better(reference: Any) -> None:
+    shown = {tuple(cells[:3]): cells[3:] for cells in rows(beside.beside_paper("1"))}
+    assert shown["SD3.5", "CFG", "CLIPScore"] == ["27.67", "27.68", "+0.01", "undecided"]
+    assert shown["SD3.5", "CFG", "HPSv2.1"][2:] == ["+0.80", "yes"]  # of 29.9 and 30.7
+    assert shown["SD3", "CFG", "CLIPScore"][3] == "no"
+
+
+def test_table_6_takes_the_paired_change_where_there_is_one(reference: Any) -> None:
+    """Levels that overlap say nothing, and their paired change may; and the other way round."""
+    wide, apart = Interval(2, 1, 3), Interval(9, 8, 10)
+    values = {f"{kind}{dg}.{m}": wide for kind in ("uncond", "cond") for dg in ("", "+DG")
+              for m in ("frechet", "is", "precision", "recall")}  # fmt: skip
+    values |= {"cond.frechet_change": Interval(-0.2, -0.3, -0.1), "cond.recall_change": Interval(-0.2, -0.3, -0.1)}
+    values |= {"cond+DG.is": apart, "cond.is_change": Interval(7, -1, 15), "cond+DG.precision": apart}
+    reference("06_imagenet", "tiny-dit", values)
+    ours = [cells for cells in rows(beside.beside_paper("6")) if cells[0] == "`tiny-dit`" and cells[1] == "Cond"]
+    assert [cells[6] for cells in ours] == ["yes", "undecided", "yes", "no"]
 
 
 def test_table_2_beside_ours(reference: Any) -> None:
@@ -400,6 +420,40 @@ def test_plain_text_is_no_markup(text: str) -> None:
 def test_tables_and_commands() -> None:
     assert table(("a", "b"), [("1", "2")]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
     assert on_models("dgkit run x", ["sd3", "flux-dev"]) == "`dgkit run x --model sd3` or `flux-dev`"
+    assert on_models("dgkit reproduce fig5b", ["sd3", "flux-dev"]) == (
+        "`dgkit reproduce fig5b --model sd3` or `flux-dev --weights flux-dev-de-distill`"
+    )
+
+
+def test_no_page_has_a_command_that_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What the pages print, given numbers for DIM and W, gets as far as generating images."""
+
+    def generating(*arguments: Any) -> None:
+        raise DgkitError("got this far")
+
+    monkeypatch.setattr(reproduce, "_generate", generating)
+    monkeypatch.setattr(reproduce, "job_of", lambda row, seed, weights: None)
+    pages = [exhibits.exhibits(), verdicts.paper_scale(), *(verdicts.section(s) for s in CLAIMS["section"].unique())]
+    spans = {
+        (first, *others)
+        for page in pages
+        for first, rest in re.findall(r"`(dgkit reproduce [^`]*)`((?: or `[^`]*`)*)", page)
+        for others in [re.findall("`([^`]*)`", rest)]
+    }
+    commands = set()
+    for first, *others in spans:
+        start = first.partition(" --model ")[0]
+        commands |= {first, *(f"{start} --model {other}" for other in others)}
+    assert {command.split()[2] for command in commands} == set(protocol.TABLES)
+    assert any("flux-dev --weights" in command for command in commands) and any("--dims" in c for c in commands)
+    for command in sorted(commands):
+        _, verb, name, _, model, *rest = command.replace("DIM", "3").replace("W", "1").split()
+        options = {key.strip("-"): value for key, value in zip(rest[::2], rest[1::2], strict=True)}
+        given = {"dims": [3] if "dims" in options else None, "scale": float(options["scale"]) if "scale" in options
+                 else None, "weights": options.get("weights")}  # fmt: skip
+        assert reproduce.wanted(name, model, **given) == [(name, model)]
+        with pytest.raises(DgkitError, match="got this far"):
+            reproduce.reproduce(name, model, output=tmp_path, **given)
 
 
 # the directive --------------------------------------------------------------------------------------------------------

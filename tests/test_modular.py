@@ -286,7 +286,7 @@ def test_step_of_other_modular_pipelines(name: str, denoiser: Any, s: float) -> 
 def preset(monkeypatch: pytest.MonkeyPatch) -> None:
     row = Model(
         None, "StableDiffusion3Pipeline", "SD3Transformer2DModel", TOTAL, 16, "none", 0.0,
-        Preset(BLOCK, tuple(DIMS), 0.5, W, 4.0, STEPS, "made up"),
+        Preset(BLOCK, tuple(DIMS), 0.5, W, 4.0, STEPS, "made up"), dual=True,
     )  # fmt: skip
     monkeypatch.setitem(MODELS, "small", row)
 

@@ -77,7 +77,6 @@ def test_work_of_a_guided_step_is_that_of_its_block_evaluations(name: str, guida
     )  # fmt: skip
     reduced = replace(row, channels=128, tokens=16**2 + size.text)
     evaluations = protocol.block_evaluations(one)
-    assert evaluations is not None
     assert evaluations * plan.block_flops(reduced) == pytest.approx(counter.get_total_flops(), rel=0.03)
 
 
@@ -166,13 +165,17 @@ def test_the_json_of_the_benchmark_is_understood(alone: Path, monkeypatch: pytes
     assert found is not None and set(TIMES) <= set(found.milliseconds) and found.device == "cpu"
 
 
-def test_a_depth_that_nobody_states_is_no_number() -> None:
-    guided_row = row("table6", "Cond + DG")
-    unknown = replace(guided_row, methods={"dg": {}}, lacking=("block", "dims", "scale"))
-    assert plan.gpu_hours(unknown, None) is None
-    made = plan.plan("table6")
-    text = str(replace(made, work=(plan.Work(unknown, 5, None, None),)))
-    assert text.splitlines()[1].split() == ["Cond", "+", "DG", "5", "250", "1", "?", "?"]
+def test_images_that_rows_share_are_counted_once() -> None:
+    """Fig. 8's m = 6 and w = 1 are one setting: 27 sets of images for 28 rows."""
+    made = plan.plan("fig8")
+    assert len(made.work) == 28
+    assert made.images_gb == pytest.approx(27 * 500 * 3 * 1024**2 / 1e9)
+    again = next(work for work in made.work if work.row.label == "DG, w = 1")
+    assert made.gpu_hours == pytest.approx(sum(work.gpu_hours for work in made.work) - again.gpu_hours)
+    total = next(line for line in str(made).splitlines() if line.startswith("all")).split()
+    assert total[:5] == ["all,", "shared", "rows", "once", "13,500"]
+    evaluations = sum(work.block_evaluations for work in made.work) - again.block_evaluations
+    assert total[5] == f"{evaluations:,}"
 
 
 # ------------------------------------------------------------------------------------------------------------- the rest

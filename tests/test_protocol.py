@@ -65,6 +65,45 @@ def test_a_row_and_its_baseline_differ_in_one_thing_only(shrink: bool) -> None:
                 assert each.methods or each.disruption
 
 
+def test_rounding_is_that_of_the_digits_in_the_paper() -> None:
+    """Table 1 prints two digits but in two places, Table 6 has 0.55; "28.70" is not 28.7."""
+    for table in protocol.TABLES:
+        for found in protocol.rows(table):
+            if not found.wins:
+                one = [("SD3.5 CFG", "hpsv2.1"), ("SD3.5 CFG + DG", "hpsv2.1")] if table == "table1" else []
+                assert found.rounding == {
+                    score: 0.05 if (found.label, score) in one else 0.005 for score in found.paper
+                }
+            assert protocol.small(found).rounding == {}
+            assert found.wins or 0 not in found.claims.values()  # only win probabilities can be comparable
+    halves = [protocol.half_unit(text) for text in ("28.70", "29.9", "-5", "0.462")]
+    assert halves == pytest.approx([0.005, 0.05, 0.5, 0.0005])
+
+
+def test_rows_that_share_their_images_are_known() -> None:
+    shared = {("DG, m = 6", "DG, w = 1")}
+    by_images: dict[str, list[str]] = {}
+    for found in protocol.rows("fig8"):
+        by_images.setdefault(found.sampled, []).append(found.label)
+    assert {tuple(labels) for labels in by_images.values() if len(labels) > 1} == shared
+    assert row("fig8", "Cond").sampled == row("table1", "SD3 Cond").sampled
+    assert row("fig5b", "SD3 original").sampled == row("table1", "SD3 CFG").sampled
+    assert row("fig5b", "SD3 MAs disrupted").sampled != row("fig5b", "SD3 non-MAs disrupted").sampled
+    assert row("table6", "Cond").sampled != row("table6", "Uncond").sampled
+
+
+@pytest.mark.parametrize(
+    ("table", "model", "options"),
+    [
+        ("table1", "sd3", ""),
+        ("table3", "flux-dev", " --weights flux-dev-de-distill"),
+        ("table6", "dit-xl-2", " --dims DIM --scale W"),
+    ],
+)
+def test_options_that_a_command_needs(table: str, model: str, options: str) -> None:
+    assert protocol.options(table, model) == options
+
+
 def test_baselines_of_table_1_and_6() -> None:
     assert row("table1", "SD3.5 CFG + DG").baseline == "SD3.5 CFG"
     assert row("table6", "Uncond + DG").baseline == "Uncond"
@@ -150,7 +189,3 @@ def test_what_the_paper_does_not_state_has_to_be_given() -> None:
 def test_unknown_tables_and_models(arguments: tuple[str, ...], message: str) -> None:
     with pytest.raises(DgkitError, match=message):
         protocol.rows(*arguments)
-
-
-def test_overview_lists_every_row() -> None:
-    assert len(protocol.overview()) == 8 + 6 + 4 + 4 + 9 + 28

@@ -43,6 +43,14 @@ def test_paired_bootstrap_covers_the_true_difference(monkeypatch):
     assert binomtest(covered, 300, 0.94).pvalue > 0.001  # percentile intervals of 40 values cover about 94 %
 
 
+def test_a_mean_of_zeros_and_ones_is_a_share_and_of_others_is_not():
+    for wins in (0, 3, 8):
+        expected = binomtest(wins, 8).proportion_ci(method="wilson")
+        interval = stats.mean(np.arange(8) < wins)
+        assert (interval.value, interval.low, interval.high) == pytest.approx((wins / 8, expected.low, expected.high))
+    assert stats.mean([0, 0.5, 1]) == bootstrap([0, 0.5, 1])
+
+
 def test_pairing_is_by_position():
     a = np.arange(10.0)
     assert paired_bootstrap(a + 1, a) == Interval(1, 1, 1)
@@ -165,6 +173,7 @@ def test_without_labels_the_image_share_is_class_and_image_together():
         lambda: bootstrap([[1.0, 2.0], [3.0, 4.0]]),
         lambda: bootstrap([1.0, np.nan]),
         lambda: bootstrap([1.0, 2.0], "mode"),
+        lambda: stats.mean([1.0]),
         lambda: paired_bootstrap([1.0, 2.0], [1.0, 2.0, 3.0]),
         lambda: win_probability([1.0, 2.0, 3.0], [1.0, 2.0]),
         lambda: wilson(3, 0),

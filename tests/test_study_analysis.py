@@ -1,6 +1,7 @@
 """Win rates of a user study: intervals against written-out sums and simulated studies, and files that are refused."""
 
 import csv
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -226,6 +227,15 @@ def test_answers_saved_twice_count_once_and_contradictions_are_refused(tmp_path:
     changed = write(tmp_path / "3.csv", full("ann", "a"))
     with pytest.raises(DgkitError, match=r"3.csv, line 2: annotator 'ann' .* otherwise in .*2.csv, line 2"):
         analyse([late, changed])
+
+
+def test_files_of_one_name_are_all_listed(tmp_path: Path, key: Path) -> None:
+    paths = []
+    for who in ("ann", "ben"):
+        (tmp_path / who).mkdir()
+        paths.append(write(tmp_path / who / "answers.csv", full(who)))
+    expected = {hashlib.sha256(path.read_text().encode()).hexdigest(): "answers.csv" for path in paths}
+    assert len(expected) == 2 and analyse(paths, key).as_dict()["files"] == expected
 
 
 def test_a_spreadsheets_mark_is_no_error(tmp_path: Path, key: Path) -> None:

@@ -42,7 +42,7 @@ def test_a_users_own_pipeline_is_recognised_by_its_shape(monkeypatch: pytest.Mon
     pipe = pipeline("sd3")
     assert zoo.preset_of(pipe) is None
     preset = zoo.Preset(1, (2, 3), 1.5, 0.5, 4.0, 28, "test")
-    row = zoo.Model("x/y", "StableDiffusion3Pipeline", "SD3Transformer2DModel", 3, 16, "none", 1.0, preset)
+    row = zoo.Model("x/y", "StableDiffusion3Pipeline", "SD3Transformer2DModel", 3, 16, "none", 1.0, preset, dual=True)
     monkeypatch.setitem(zoo.MODELS, "small", row)
     assert zoo.preset_of(pipe) is preset
     with dgkit.detail_guidance(pipe) as guidance:
@@ -55,6 +55,23 @@ def test_a_users_own_pipeline_is_recognised_by_its_shape(monkeypatch: pytest.Mon
         alone = sample(pipe, "sd3")
     with dgkit.detail_guidance(pipe, scale=1.5, block=1, dims=[2, 3]):
         assert torch.equal(sample(pipe, "sd3"), alone)
+
+
+def test_sd3_is_told_from_sd3_5() -> None:
+    """Medium has the class, depth and width of SD3, and second attentions; Large has none, and another size."""
+    from diffusers import SD3Transformer2DModel
+
+    from benchmarks.models import subject
+
+    for name in ("sd3", "sd3.5-large"):
+        assert zoo.row_of(subject(name, device="meta").model) is zoo.MODELS[name]
+    with torch.device("meta"):
+        medium = SD3Transformer2DModel(  # the released configuration
+            sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=24, attention_head_dim=64,
+            num_attention_heads=24, joint_attention_dim=4096, caption_projection_dim=1536, pooled_projection_dim=2048,
+            pos_embed_max_size=384, dual_attention_layers=tuple(range(13)), qk_norm="rms_norm",
+        )  # fmt: skip
+    assert zoo.row_of(medium) is None and zoo.preset_of(medium) is None
 
 
 def test_the_calls_of_embedded_models_are_those_they_were_trained_for() -> None:

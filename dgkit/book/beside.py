@@ -52,7 +52,7 @@ def _paper_rows(number: int, kind: str, model: str = "") -> Iterator[tuple[str, 
     for score, name in SCORES.items():
         if score in rows:
             before, after = float(rows.loc["no", score]), float(rows.loc["yes", score])
-            change, reach = after - before, rounding[score]
+            change, reach = round(after - before, 6), rounding[score]
             better = _beyond(Interval(change, change - reach, change + reach), lower=score == "fid")
             yield model or "DiT-XL/2", kind, name, f"{before:.2f}", f"{after:.2f}", f"{change:+.2f}", better
 

@@ -116,11 +116,11 @@ def judge_of(pipe: Any, conditions: Sequence[Any]) -> Judge | None:
     return kind(conditions) if kind else None
 
 
-def judge_set_scores(judge: Judge, images: Any) -> dict[str, float]:
+def judge_set_scores(judge: FashionJudge, images: Any) -> dict[str, float]:
     """Scores of a set of images on the judge's network, as those of Inception are on its own.
 
     Args:
-        judge: what was asked for does not count.
+        judge: one with classes; what was asked for does not count.
         images: uint8 (N, H, W, 3). With no more of them than features the Frechet distance is mostly bias.
 
     Returns:
