@@ -24,11 +24,9 @@ from dgkit.guidance import METHODS, Method
 from dgkit.guidance import guide as guided_by
 from dgkit.hooks import Trace, disrupt, make_edit, record
 from dgkit.massive import Massive, channel_ratio, detect_massive
-from dgkit.metrics.classifier import inception_score
 from dgkit.metrics.features import efficientnet_features
 from dgkit.metrics.frechet import frechet_distance
-from dgkit.metrics.judges import FashionJudge, Judge
-from dgkit.metrics.precision_recall import precision_recall
+from dgkit.metrics.judges import FashionJudge, Judge, judge_set_scores
 from dgkit.metrics.spectrum import band_error, high_frequency_energy, sharpness
 from dgkit.paths import DATA
 from dgkit.stats import Interval
@@ -669,18 +667,7 @@ def table_6(runs: Mapping[tuple[str, int], GuidedRun]) -> pd.DataFrame:
     """
     judge, rows = FashionJudge(()), []  # only its features count here, not what was asked for
     for (name, seed), run in runs.items():
-        features = judge.features(run.images)
-        score = precision_recall(judge.real_features, features)
-        rows.append(
-            {
-                "setting": name,
-                "seed": seed,
-                "frechet": judge.frechet(features),
-                "is": inception_score(judge.network(run.images)),
-                "precision": score.precision,
-                "recall": score.recall,
-            }
-        )
+        rows.append({"setting": name, "seed": seed} | judge_set_scores(judge, run.images))
     return pd.DataFrame(rows)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dgkit import figures, readings
+from dgkit import readings
 from dgkit.results import references
 from dgkit.stats import Interval
 
@@ -327,11 +327,6 @@ def verdict(name: str, values: Values) -> tuple[str, list[str]]:
         for part, (found, numbers) in zip(CLAIMS[name], outcomes, strict=True)
     ]
     return "not measured" if not measured else word if held else "not reproduced", lines
-
-
-def across_models(name: str) -> Any:
-    """`outcomes(name)` for a page."""
-    return figures.table(outcomes(name))
 
 
 def outcomes(name: str) -> pd.DataFrame:

@@ -25,8 +25,8 @@ assert CHECKOUT is not None
 BOOK = CHECKOUT / "book"
 USED = [
     tuple(text.split())
-    for page in BOOK.glob("*.md")
-    for text in re.findall(r"^```\{measured\} (.*)$", page.read_text(), re.MULTILINE)
+    for page in [*BOOK.glob("*.md"), *(CHECKOUT / "notebooks").glob("*.ipynb")]
+    for text in re.findall(r"```\{measured\} (.*?)(?:\\n\",)?$", page.read_text(), re.MULTILINE)
 ]
 CLAIMS = paper.claims().set_index("id", drop=False)
 TESTED = {claim for parts in findings.CLAIMS.values() for part in parts for claim in part.claims} | {"4.1b", "4.1c"}
@@ -230,6 +230,32 @@ def test_costs_are_those_of_table_4() -> None:
     assert shown["dit-xl-2"][:2] == ["28", "7"]  # appendix H
 
 
+# across models --------------------------------------------------------------------------------------------------------
+
+
+def test_a_chapters_claim_on_every_model(reference: Any) -> None:
+    assert verdicts.across_models("03_intervention") == verdicts.NO_RUN == verdicts.readings_across_models()
+    lower, mixed = Interval(0.7, 0.6, 0.8), Interval(0.9, 0.7, 1.2)
+    reference("03_intervention", "tiny-dit", {"massive.sharpness_ratio": lower})
+    reference("03_intervention", "tiny-flux", {"massive.sharpness_ratio": mixed})
+    text = verdicts.across_models("03_intervention")
+    assert text.splitlines()[0].split("|")[2:4] == [" `tiny-dit` ", " `tiny-flux` "]
+    cells = {row[0]: row[1:] for row in rows(text)}
+    assert cells["images become smoother"] == [
+        r"holds: sharpness times 0.70 \[0.60, 0.80\]", r"undecided: sharpness times 0.90 \[0.70, 1.20\]"
+    ]  # fmt: skip
+    assert cells["verdict"] == ["reproduced", "not reproduced"]
+    assert cells["low spatial frequencies stay almost as they were (relative error below 0.05)"][0] == "not measured"
+
+
+def test_readings_on_every_model(reference: Any) -> None:
+    values = {
+        f"{name}.{m}": Interval(0.5, 0.4, 0.6) for name in ("near", "far") for m in ("distance", "sharpness_ratio")
+    }
+    reference("07_ambiguities", "tiny-sd3", values)
+    assert rows(verdicts.readings_across_models()) == [[name, r"0.50 \[0.40, 0.60\]"] for name in ("near", "far")]
+
+
 # beside the paper -----------------------------------------------------------------------------------------------------
 
 GUIDANCE = {
@@ -396,6 +422,7 @@ def test_everything_that_can_be_measured_is_on_a_page_and_every_section_of_the_p
         (("verdicts", "9.9"), "4.1"),
         (("beside-paper", "4"), "1, 2, 3 or 6"),
         (("runs", "all"), "pages or references"),
+        (("across-models", "07_ambiguities"), "01_layer_properties"),
     ],
 )
 def test_what_cannot_be_made_is_one_clear_error(call: tuple[str, ...], allowed: str) -> None:

@@ -28,6 +28,8 @@ PARTS: dict[str, Callable[..., str]] = {
     "chapters": verdicts.chapters,
     "verdict-counts": verdicts.counts,
     "verdicts": verdicts.section,
+    "across-models": verdicts.across_models,
+    "readings": verdicts.readings_across_models,
     "paper-scale": verdicts.paper_scale,
     "costs": costs,
     "beside-paper": beside.beside_paper,
@@ -36,7 +38,7 @@ PARTS: dict[str, Callable[..., str]] = {
     "versions": runs.versions,
     "hardware": runs.hardware,
 }
-"""Name to the function that makes it, as MyST text; `verdicts`, `beside-paper` and `runs` take an argument."""
+"""Name to the function that makes it, as MyST text; some take an argument."""
 
 
 def measured(name: str, *argument: str) -> str:

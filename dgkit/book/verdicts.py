@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from dgkit import experiments, findings, paper, plan, protocol, results
+from dgkit import experiments, findings, paper, plan, protocol, readings, results
 from dgkit.book.beside import SCORES
 from dgkit.book.text import chapter_link, code, command_of, on_models, plain, table
 from dgkit.errors import DgkitError
@@ -44,6 +44,8 @@ NOT_REPEATABLE = {
     "I": "annotators; `dgkit study make` makes the pages for them",
 }
 """What it would take where no command runs the claim on the paper's models."""
+
+NO_RUN = "No reference run of this chapter is stored."
 
 CHAPTERS = {
     "01_layer_properties": "massive activations occur in all layers, in a few fixed dimensions, in all image tokens",
@@ -276,6 +278,33 @@ def chapters() -> str:
         ]
         lines.append((chapter_link(name, ""), claim, *cells))
     return table(("", "claim", *(f"on {code(model)}" for model in shipped)), lines)
+
+
+def across_models(notebook: str) -> str:
+    """What holds of one chapter's claim in the reference run of each model: a row per part, a column per model.
+
+    Args:
+        notebook: a key of `findings.CLAIMS`.
+
+    Raises:
+        DgkitError: another notebook.
+    """
+    if notebook not in findings.CLAIMS:
+        raise DgkitError(f"notebook={notebook!r} claims nothing: use one of {', '.join(findings.CLAIMS)}")
+    shown = findings.outcomes(notebook)
+    if shown.empty:
+        return NO_RUN
+    lines = [(plain(part), *map(plain, cells)) for part, *cells in shown.itertuples()]
+    return table(("", *map(code, shown.columns)), lines)
+
+
+def readings_across_models() -> str:
+    """How far each reading of the paper is from this book's, in the reference run of each model."""
+    shown = readings.across_models("07_ambiguities")
+    if shown.empty:
+        return NO_RUN
+    lines = [(plain(reading), *(plain(cell) for cell in cells)) for reading, *cells in shown.itertuples()]
+    return table(("", *map(code, shown.columns)), lines)
 
 
 def counts() -> str:
