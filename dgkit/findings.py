@@ -269,6 +269,7 @@ class Part:
         holds: wants the whole interval on the claimed side where there is an interval.
         numbers: what was measured.
         claims: the ids in `dgkit.paper.claims` that it tests; none for what the paper does not claim.
+        possible: whether it would hold at some ends of its intervals, where these are in an array.
     """
 
     text: str
@@ -276,6 +277,7 @@ class Part:
     holds: Callable[[Values], bool]
     numbers: Callable[[Values], str]
     claims: tuple[str, ...] = ()
+    possible: Callable[[Values], bool] | None = None
 
     def outcome(self, values: Values) -> tuple[bool | None, str]:
         """Whether the part holds, None if it was not measured, and the numbers it rests on."""
@@ -293,6 +295,8 @@ class Part:
         used = _Used(values)
         if self.holds(used):
             return "holds"
+        if self.possible is not None:
+            return "undecided" if self.possible(values) else "does not hold"
         intervals = {key: values[key] for key in used.keys_read if isinstance(values[key], Interval)}
         ends = product(*([Interval(end, end, end) for end in (i.low, i.high)] for i in intervals.values()))
         possible = any(self.holds({**values, **dict(zip(intervals, chosen, strict=True))}) for chosen in ends)
@@ -550,6 +554,7 @@ CLAIMS: dict[str, list[Part]] = {
             lambda v: bool((v["w.agreement_change"][:, 2] > -0.05).all()),  # columns: w, value, low, high
             lambda v: "agreement " + ", ".join(f"{row[1]:+.2f} (w = {row[0]:g})" for row in v["w.agreement_change"]),
             ("5.3c",),
+            possible=lambda v: bool((v["w.agreement_change"][:, 3] > -0.05).all()),
         ),
         Part(
             "at the cost of CFG, CFG + DG comes closer to real images than CFG (Frechet distance)",

@@ -433,6 +433,15 @@ def test_closer_than_every_other_method_is_undecided_while_their_intervals_overl
     assert part.word(values | {"APG.frechet_change": Interval(-2.5, -2.8, -2.2)}) == "does not hold"
 
 
+def test_a_part_about_a_sweep_is_undecided_while_every_interval_leaves_room() -> None:
+    part = next(p for p in findings.CLAIMS["05_ablations"] if p.key == "w.agreement_change")
+
+    def word(low: float, high: float) -> str:
+        return part.word({part.key: np.array([[0, 0, 0, 0], [1, 0, low, high]])})
+
+    assert [word(-0.04, 0.1), word(-0.1, 0.1), word(-0.2, -0.06)] == ["holds", "undecided", "does not hold"]
+
+
 def test_every_finding_has_a_claim() -> None:
     chapters = [name for name in findings.FINDINGS if name != "07_ambiguities"]  # about the reading of all claims
     assert list(findings.CLAIMS) == chapters == list(HOLDS)
