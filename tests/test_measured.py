@@ -490,11 +490,14 @@ def test_no_page_has_a_command_that_is_refused(monkeypatch: pytest.MonkeyPatch, 
 def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Builds a page of one directive, again in the same folder; returns the page and the warnings."""
     from sphinx.application import Sphinx
+    from sphinx.util.docutils import docutils_namespace
 
     monkeypatch.syspath_prepend(str(BOOK / "_ext"))
     source = tmp_path / "source"
     source.mkdir()
-    (source / "conf.py").write_text('extensions = ["myst_nb", "measured"]\n')
+    # a dict of its own: Sphinx writes the suffixes of extensions into its default, for every later build in the process
+    settings = ['extensions = ["myst_parser", "measured"]', 'source_suffix = {".md": "markdown"}']
+    (source / "conf.py").write_text("\n".join(settings))
 
     def run(directive: str) -> tuple[str, str]:
         page = source / "index.md"
@@ -502,11 +505,9 @@ def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         if not page.is_file() or page.read_text() != text:
             page.write_text(text)
         warnings = StringIO()
-        app = Sphinx(
-            str(source), str(source), str(tmp_path / "html"), str(tmp_path / "trees"), "html",
-            status=None, warning=warnings,
-        )  # fmt: skip
-        app.build()
+        folders = [str(path) for path in (source, source, tmp_path / "html", tmp_path / "trees")]
+        with docutils_namespace():  # directives are registered for the whole process
+            Sphinx(*folders, "html", status=None, warning=warnings).build()
         return (tmp_path / "html" / "index.html").read_text(), warnings.getvalue()
 
     yield run
