@@ -313,8 +313,8 @@ def test_figures_open_at_full_size_by_click_and_by_key(page, site):
 
 def test_wide_tables_scroll_inside_themselves(browser: Browser, site: str) -> None:
     page: Page = browser.new_page(viewport=NARROW)
-    page.goto(f"{site}notebooks/03_intervention.html")
-    table = page.locator("table.dataframe").last
+    page.goto(f"{site}notebooks/05_ablations.html")
+    table = page.locator("table.dataframe", has_text="CFG-Zero*")
     frame = table.locator("xpath=..")
     assert table.evaluate("e => e.scrollWidth") > frame.evaluate("e => e.clientWidth")
     frame.evaluate("e => e.scrollTo(1000, 0)")
