@@ -344,13 +344,6 @@ def test_weights_that_do_not_fit_are_refused(home: Path) -> None:
         clip._load(torch.nn.Linear(2, 2), {"weight": torch.zeros(3, 2)}, found)
 
 
-def test_style_score() -> None:
-    scores = np.repeat(np.arange(10.0), 80) + np.tile([-1.0, 1.0], 400)
-    assert clip.style_score(scores) == pytest.approx((4.5, np.sqrt(8.25)))
-    with pytest.raises(DgkitError, match="800"):
-        clip.style_score(scores[:799])
-
-
 # Structure without a network ------------------------------------------------------------------------------------------
 
 

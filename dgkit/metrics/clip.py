@@ -3,18 +3,18 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as transforms
 
 from dgkit.downloads import Found
-from dgkit.errors import DataError, DgkitError
+from dgkit.errors import DataError
 from dgkit.metrics.base import MetricId, Scorer, cosine, normalise
 from dgkit.metrics.weights import label, package, tensors, weights
 
@@ -98,26 +98,6 @@ class HPSv2(Scorer):
             if self.amp:  # the product too is rounded, as in the official code
                 return 100 * (image_features @ text_features.T).diagonal().double().cpu()
         return 100 * cosine(image_features, text_features).cpu()
-
-
-class StyleScore(NamedTuple):
-    """As HPSv2's benchmark reports a style: the mean, and the standard deviation of the means of ten parts."""
-
-    mean: float
-    spread: float
-
-
-def style_score(scores: ArrayLike) -> StyleScore:
-    """Mean and spread of the HPSv2 scores of one style's 800 prompts, in the benchmark's order.
-
-    Raises:
-        DgkitError: not 800 scores.
-    """
-    table = np.asarray(scores, np.float64)
-    if table.shape != (800,):
-        raise DgkitError(f"scores has shape {table.shape}: HPSv2's benchmark has 800 prompts per style")
-    parts = table.reshape(10, 80).mean(axis=1)
-    return StyleScore(float(parts.mean()), float(parts.std()))
 
 
 class ClipTower:
