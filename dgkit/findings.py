@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from dgkit import readings
+from dgkit.regimes import ALMOST_NONE
 from dgkit.results import references
 from dgkit.stats import Interval
 
@@ -253,10 +254,6 @@ FINDINGS: dict[str, Callable[[Values], str]] = {
     "06_imagenet": imagenet,
     "07_ambiguities": ambiguities,
 }
-
-
-ALMOST_NONE = 0.05
-"""The relative error below which a band of frequencies counts as almost unchanged; our choice."""
 
 
 @dataclass(frozen=True)
