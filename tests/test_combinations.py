@@ -26,7 +26,6 @@ from diffusers import (
     StableDiffusion3Pipeline,
     TaylorSeerCacheConfig,
 )
-from diffusers.hooks.group_offloading import ModuleGroup
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch import Tensor, nn
 
@@ -156,29 +155,6 @@ def test_plain_hooks_are_detail_guidance(name: str, s: float) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------- offloading
-
-
-@pytest.fixture
-def weights_leave(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Group offloading within the CPU moves nothing, so weights that are away become NaN: none may be used then."""
-    away: dict[int, Tensor] = {}
-
-    def tensors(group: ModuleGroup) -> list[Tensor]:
-        inside = [t for module in group.modules for t in (*module.parameters(), *module.buffers())]
-        return [*inside, *group.parameters, *group.buffers]
-
-    def offload(group: ModuleGroup) -> None:
-        for tensor in tensors(group):
-            if id(tensor) not in away:
-                away[id(tensor)], tensor.data = tensor.data, torch.full_like(tensor.data, float("nan"))
-
-    def onload(group: ModuleGroup) -> None:
-        for tensor in tensors(group):
-            if id(tensor) in away:
-                tensor.data = away.pop(id(tensor))
-
-    monkeypatch.setattr(ModuleGroup, "offload_", offload)
-    monkeypatch.setattr(ModuleGroup, "onload_", onload)
 
 
 def group_offload(pipe: Any, **options: Any) -> None:

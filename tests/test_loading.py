@@ -17,7 +17,6 @@ import huggingface_hub.constants
 import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, FluxTransformer2DModel
-from diffusers.hooks.group_offloading import ModuleGroup
 from diffusers.loaders import single_file_model
 from huggingface_hub import snapshot_download
 from safetensors.torch import load_file, save_file
@@ -577,30 +576,6 @@ def test_a_gpu_that_fills_up_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "move", full)
     with pytest.raises(LoadError, match="does not fit on cuda"):
         loading.place(dgkit.load("tiny-dit"), torch.device("cuda"), "tiny-dit")
-
-
-@pytest.fixture
-def weights_leave(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Group offloading within the CPU moves nothing: weights that are away become NaN, and indices impossible."""
-    away: dict[int, Tensor] = {}
-
-    def tensors(group: ModuleGroup) -> list[Tensor]:
-        inside = [t for module in group.modules for t in (*module.parameters(), *module.buffers())]
-        return [*inside, *group.parameters, *group.buffers]
-
-    def offload(group: ModuleGroup) -> None:
-        for tensor in tensors(group):
-            if id(tensor) not in away:
-                value = float("nan") if tensor.is_floating_point() else -(10**9)
-                away[id(tensor)], tensor.data = tensor.data, torch.full_like(tensor.data, value)
-
-    def onload(group: ModuleGroup) -> None:
-        for tensor in tensors(group):
-            if id(tensor) in away:
-                tensor.data = away.pop(id(tensor))
-
-    monkeypatch.setattr(ModuleGroup, "offload_", offload)
-    monkeypatch.setattr(ModuleGroup, "onload_", onload)
 
 
 @pytest.mark.parametrize("name", ["tiny-sd3", "tiny-flux"])
