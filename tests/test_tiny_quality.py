@@ -105,7 +105,7 @@ def test_the_written_losses_are_small_and_read_back(tmp_path: Path) -> None:
     assert (tmp_path / "loss.csv").stat().st_size < 10_000
 
 
-@pytest.mark.parametrize("name", [name for name in quality.MEASURES if name != "tiny-dit-l"])  # which is shipped
+@pytest.mark.parametrize("name", quality.MEASURES)
 def test_measuring_an_unfinished_run_is_an_error(name: str, tmp_path: Path) -> None:
     with pytest.raises(LoadError, match="finished training"):
         quality.MEASURES[name](tmp_path / name)

@@ -26,7 +26,8 @@ def train(name: str, folder: Path) -> None:
     threads as torch is set to; either changes the rounding, hence the weights, but not the batches and their noise.
 
     `tiny-sd3` and `tiny-flux` share the autoencoder in the folder `tile-autoencoder` beside theirs, and train it first
-    if it is not complete. `tiny-dit-s`, `-b` and `-xl` (see `dgkit.tiny.ladder`) use that of the shipped `tiny-dit`.
+    if it is not complete. `tiny-dit-s`, `-b`, `-l` and `-xl` (see `dgkit.tiny.ladder`) use that of the shipped
+    `tiny-dit`.
 
     Args:
         name: a key of `MODELS`.
@@ -137,6 +138,7 @@ MODELS: dict[str, Model] = {
     "tiny-flux": Model(_train_text_to_image, data.DUNGEON_TILES),
     "tiny-dit-s": Model(_train_rung, data.FASHION_MNIST),
     "tiny-dit-b": Model(_train_rung, data.FASHION_MNIST),
+    "tiny-dit-l": Model(_train_rung, data.FASHION_MNIST),
     "tiny-dit-xl": Model(_train_rung, data.FASHION_MNIST),
 }
 """The trainings by name."""

@@ -1,10 +1,10 @@
 """Do massive activations grow with training and with size? The ladder of `tiny-dit`s for Fig. 3(b) and (c).
 
-Four sizes in the proportions of DiT-S, -B, -L and -XL (Peebles & Xie 2023); L is the shipped `tiny-dit`. What was
-measured of each is in `data/ladder`; the weights of the other three are not kept. To train and measure them again:
+Four sizes in the proportions of DiT-S, -B, -L and -XL (Peebles & Xie 2023), all trained for as many steps; L is as
+large as the shipped `tiny-dit`. What was measured of each is in `data/ladder`; the weights are not kept. To train and
+measure them again:
 
-    for name in tiny-dit-s tiny-dit-b tiny-dit-xl; do dgkit tiny train $name && dgkit tiny measure $name; done
-    dgkit tiny measure tiny-dit-l
+    for size in s b l xl; do dgkit tiny train tiny-dit-$size && dgkit tiny measure tiny-dit-$size; done
 """
 
 import json
@@ -38,7 +38,6 @@ from dgkit.tiny.quality import contact_sheet
 
 RUNGS = ("tiny-dit-s", "tiny-dit-b", "tiny-dit-l", "tiny-dit-xl")
 """The sizes, smallest first."""
-SHIPPED, SHIPPED_AS = "tiny-dit-l", "tiny-dit"
 
 SAMPLES, SHEET, STEPS, GUIDANCE_SCALE = 200, 50, 20, 4.0
 
@@ -46,16 +45,16 @@ SAMPLES, SHEET, STEPS, GUIDANCE_SCALE = 200, 50, 20, 4.0
 
 
 def measure_rung(run: Path) -> dict[str, Any]:
-    """Measure the size that `train(run.name, run)` left in `run`, or the shipped model for `tiny-dit-l`.
+    """Measure the size that `train(run.name, run)` left in `run`.
 
     Writes the numbers to `data/ladder/NAME.json` and a sheet of samples beside it.
 
     Args:
-        run: the training's folder, whose name is in `RUNGS`; need not exist for `tiny-dit-l`.
+        run: the training's folder, whose name is in `RUNGS`.
 
     Returns:
-        The contents of the JSON file: "recipe", "training", "history" (see `over_training`; of the shipped model the
-        recorded one, which has intervals for the last snapshot only), "last" (see `measure_last`), "samples".
+        The contents of the JSON file: "recipe", "training", "history" (see `over_training`), "last" (see
+        `measure_last`), "samples".
 
     Raises:
         DgkitError: `run` has another name.
@@ -64,15 +63,10 @@ def measure_rung(run: Path) -> dict[str, Any]:
     name = run.name
     if name not in RUNGS:
         raise DgkitError(f"run={str(run)!r} is not allowed: a rung's folder is called {', '.join(RUNGS)}")
-    folder = DATA / "models" / SHIPPED_AS if name == SHIPPED else finished(run)[0]
-    recipe = Recipe.read(Path(__file__).with_name(f"{SHIPPED_AS if name == SHIPPED else name}.toml"))
+    folder = finished(run)[0]
+    recipe = Recipe.read(Path(__file__).with_name(f"{name}.toml"))
     pipe = DiffusionPipeline.from_pretrained(folder).to(device())
     last, (images, samples) = measure_last(pipe), measure_samples(pipe)
-    if name == SHIPPED:
-        history = json.loads((folder / "quality.json").read_text())["massive"]
-        history[-1] |= {key: last[key] for key in ("ratio", "low", "high", "dim")}
-    else:
-        history = over_training(pipe, run / "transformer")
     measured = {
         "model": name,
         "recipe": {
@@ -82,7 +76,7 @@ def measure_rung(run: Path) -> dict[str, Any]:
             "scheduler": recipe.scheduler,
         },
         "training": json.loads((folder / "training.json").read_text())["networks"]["transformer"],
-        "history": history,
+        "history": over_training(pipe, run / "transformer"),
         "last": last,
         "samples": samples,
         "device": str(device()),
@@ -208,15 +202,14 @@ def measurements() -> dict[str, dict[str, Any]]:
 def history() -> pd.DataFrame:
     """Fig. 3(b) and (c): the largest channel of each block along training, for each size.
 
-    Columns: size, parameters, width, depth, step, block, ratio, low, high, dim; low and high are missing where only the
-    ratio was recorded.
+    Columns: size, parameters, width, depth, step, block, ratio, low, high, dim.
     """
     columns = ["size", "parameters", "width", "depth", "step", "block", "ratio", "low", "high", "dim"]
     rows = [
-        (*_shape(name, measured), snapshot["step"], block, ratio, low, high, dim)
+        (*_shape(name, measured), snapshot["step"], block, *largest)
         for name, measured in measurements().items()
         for snapshot in measured["history"]
-        for block, (ratio, low, high, dim) in enumerate(zip(*_per_block(snapshot), strict=True))
+        for block, largest in enumerate(zip(*(snapshot[key] for key in columns[-4:]), strict=True))
     ]
     return pd.DataFrame(rows, columns=columns)
 
@@ -315,12 +308,6 @@ def _shape(name: str, measured: Mapping[str, Any]) -> tuple[str, int, int, int]:
     config = measured["recipe"]["transformer"]
     width = config["num_attention_heads"] * config["attention_head_dim"]
     return name.removeprefix("tiny-dit-").upper(), measured["training"]["parameters"], width, config["num_layers"]
-
-
-def _per_block(snapshot: Mapping[str, Any]) -> tuple[list[Any], ...]:
-    """Ratio, low, high and dim of each block; no interval where only the ratio was recorded."""
-    unknown = [np.nan] * len(snapshot["ratio"])
-    return snapshot["ratio"], snapshot.get("low", unknown), snapshot.get("high", unknown), snapshot["dim"]
 
 
 def _rank_correlation(x: NDArray[Any], y: NDArray[Any]) -> tuple[float, float]:
