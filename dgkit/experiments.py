@@ -704,13 +704,15 @@ def table_6_values(table: pd.DataFrame) -> dict[str, Any]:
 
 
 def table_6_beside_paper(values: Mapping[str, Any]) -> pd.DataFrame:
-    """The paper's Table 6 (ImageNet, DiT-XL/2) beside ours: same rows and measures, another model, data and network."""
+    """The paper's Table 6 (ImageNet, DiT-XL/2) beside ours: same settings and measures; model, data and network differ.
+
+    Columns: measure, setting, ours, paper.
+    """
+    measures = {"frechet": "fid", "is": "is", "precision": "precision", "recall": "recall"}
     rows = []
-    for _, line in paper.table(6).iterrows():
-        kind = line["type"].lower() + ("+DG" if line["dg"] == "yes" else "")
-        columns = {"frechet": "fid", "is": "is", "precision": "precision", "recall": "recall"}
-        row = {"setting": kind}
-        for ours, theirs in columns.items():
-            row |= {f"{ours} (ours)": f"{values[f'{kind}.{ours}']:.3g}", f"{theirs} (paper)": line[theirs]}
-        rows.append(row)
-    return pd.DataFrame(rows)
+    for ours, theirs in measures.items():
+        for _, line in paper.table(6).iterrows():
+            kind = line["type"].lower() + ("+DG" if line["dg"] == "yes" else "")
+            measure = ours if ours == theirs else f"{ours} (paper: {theirs})"
+            rows.append((measure, kind, f"{values[f'{kind}.{ours}']:.3g}", line[theirs]))
+    return pd.DataFrame(rows, columns=["measure", "setting", "ours", "paper"])

@@ -354,6 +354,6 @@ def test_the_shipped_measurements_are_small_and_of_the_recipes() -> None:
     for name, measured in ladder.measurements().items():
         files = [DATA / "ladder" / f"{name}{suffix}" for suffix in (".json", ".png")]
         assert all(file.stat().st_size < 60_000 for file in files)
-        recipe = dit.Recipe.read(RECIPES / f"{'tiny-dit' if name == 'tiny-dit-l' else name}.toml")
+        recipe = dit.Recipe.read(RECIPES / f"{name}.toml")
         assert measured["recipe"]["transformer"] == recipe.transformer
         assert measured["history"][-1]["step"] == measured["training"]["steps"] == recipe.transformer_schedule.steps

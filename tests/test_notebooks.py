@@ -182,3 +182,11 @@ def test_reference_runs_set_parameters_that_the_notebooks_have(name):
     known = papermill.inspect_notebook(notebooks.FOLDER / notebooks.NOTEBOOKS[name])
     for model in (None, *MODELS):
         assert notebooks.reference_parameters(name, model).keys() <= known.keys()
+
+
+@pytest.mark.parametrize("name", notebooks.NOTEBOOKS)
+def test_shown_code_fits_the_page(name):
+    """A code line of at most 76 characters needs no scrolling at a page width of 1200 pixels."""
+    cells = nbformat.read(notebooks.FOLDER / notebooks.NOTEBOOKS[name], 4).cells
+    shown = [c.source for c in cells if c.cell_type == "code" and "remove-input" not in c.metadata.get("tags", [])]
+    assert shown and all(len(line) <= 76 for source in shown for line in source.splitlines())
