@@ -2,7 +2,8 @@
 
 Images lie in run folders of `dgkit.generate`, named by what decides them, so a killed run goes on, and rows that tables
 share are made once. Scores of networks are kept beside the images. The result file is `<output>/<model>/<table>.json`,
-with what took the model's place instead of it, and `<table>-<count>.json` for another number of images.
+with what took the model's place instead of it, and the number of images, where it is not the paper's, and settings that
+the paper does not state in the file's name: `table6-dims-7-scale-0.5-1000.json`.
 """
 
 import gc
@@ -199,7 +200,10 @@ def reproduce(
             raise DgkitError(f"count={count!r} is not allowed: give an integer, 2 or above")
         rows = [replace(row, count=count) for row in rows]
     output = build_dir() / "reproduce" if output is None else Path(output)
-    name = table if rows[0].count == stated else f"{table}-{count}"
+    lacking = dict.fromkeys(key for row in protocol.rows(table, model) for key in row.lacking)
+    chosen = {"dims": dims or [], "scale": [] if scale is None else [scale]}
+    name = "-".join([table, *(_in_a_name(key, chosen[key]) for key in lacking if chosen[key])])
+    name += "" if rows[0].count == stated else f"-{count}"
     path = output / results.safe_name(str(weights or rows[0].model)) / f"{name}.json"
     started = time.monotonic()
     if not small:
@@ -247,6 +251,11 @@ def _rows(
             f"{protocol.UNNAMED[model]}, or another name, pipeline folder or hub id"
         )
     return [protocol.filled(row, dims=None if dims is None else list(dims), scale=scale) for row in rows]
+
+
+def _in_a_name(key: str, values: Sequence[float]) -> str:
+    """A setting for the name of a result file: "dims-3-7", "scale-0.5"."""
+    return "-".join([key, *(f"{value:.12g}" for value in values)])
 
 
 def _announce_missing(rows: Sequence[Row]) -> None:

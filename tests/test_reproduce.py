@@ -277,6 +277,10 @@ def test_table_6_has_seed_blocks_and_names_that_fit_the_size(fakes: None, tmp_pa
     assert level.ours and min(fids) <= level.ours.value <= max(fids)
     change = lines["Cond + DG", "FID-20 less Cond"]
     assert change.paper == pytest.approx(5.77 - 9.52) and change.ours
+    # what the paper does not state tells result files apart
+    assert found.path.name == "table6-dims-3-4-scale-0.5-20.json"
+    other = reproduce.reproduce("table6", "dit-xl-2", output=tmp_path, count=20, dims=[3], scale=0.25)
+    assert other.path.name == "table6-dims-3-scale-0.25-20.json"
 
 
 def test_fifty_thousand_images_are_the_papers_protocol() -> None:
