@@ -313,7 +313,7 @@ def sweep(tables: Mapping[str, pd.DataFrame], measures: Sequence[str]) -> Figure
 
 
 def regimes(table: pd.DataFrame) -> Figure:
-    """What zeroing k channels does (columns of `dgkit.regimes.sweep`): one row per choice of channels and steps.
+    """What zeroing k channels does (columns of `regimes.sweep`): one row per choice of channels and steps.
 
     One panel per measure, one line per block, with 95 % intervals.
     """

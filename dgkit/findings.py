@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dgkit import readings
-from dgkit.regimes import ALMOST_NONE
-from dgkit.results import references
+from dgkit.experiments import readings
+from dgkit.experiments.regimes import ALMOST_NONE
+from dgkit.results import Record, references
 from dgkit.stats import Interval
 
 Values = Mapping[str, Any]
@@ -330,10 +330,15 @@ def verdict(name: str, values: Values) -> tuple[str, list[str]]:
     return "not measured" if not measured else word if held else "not reproduced", lines
 
 
-def outcomes(name: str) -> pd.DataFrame:
-    """What holds of one chapter's claim in the reference run of each model: a row per part, a column per model."""
+def outcomes(name: str, runs: Mapping[str, Record] | None = None) -> pd.DataFrame:
+    """What holds of one chapter's claim in the reference run of each model: a row per part, a column per model.
+
+    Args:
+        name: a key of `CLAIMS`.
+        runs: the runs by model; all reference runs by default.
+    """
     columns = {}
-    for model, record in references(name).items():
+    for model, record in (references(name) if runs is None else runs).items():
         values = record.decoded()
         parts = [(part.word(values), part.outcome(values)[1]) for part in CLAIMS[name]]
         cells = [f"{word}: {numbers}" if numbers else word for word, numbers in parts]

@@ -10,9 +10,18 @@ import pytest
 import torch
 
 import dgkit
-from dgkit import comparison, experiments
-from dgkit.comparison import Compared, Entry, chosen_scales, comparison_table, comparison_values, entries, scales_of
+from dgkit import experiments
 from dgkit.errors import DgkitError
+from dgkit.experiments import comparison, guidance
+from dgkit.experiments.comparison import (
+    Compared,
+    Entry,
+    chosen_scales,
+    comparison_table,
+    comparison_values,
+    entries,
+    scales_of,
+)
 from dgkit.guidance import METHODS
 from dgkit.metrics.judges import FashionJudge, judge_of, tile_captions
 from dgkit.results import Record
@@ -205,7 +214,7 @@ def test_cfg_zero_has_its_zero_step_where_the_velocity_is_predicted(pipe: Any) -
 
 
 def test_large_models_are_not_copied(monkeypatch: pytest.MonkeyPatch, pipe: Any) -> None:
-    monkeypatch.setattr(experiments, "LARGEST_COPY", 1_000)
-    monkeypatch.setattr(experiments, "noisy_copy", lambda *_: pytest.fail("copied"))
+    monkeypatch.setattr(guidance, "LARGEST_COPY", 1_000)
+    monkeypatch.setattr(guidance, "noisy_copy", lambda *_: pytest.fail("copied"))
     assert "CFG + autoguidance" not in entries(pipe, 4.0, 2, [7], 0)
     assert list(experiments.control_settings(pipe, 1.0, 0)) == ["blurred"]

@@ -17,7 +17,7 @@ import dgkit
 from dgkit import experiments, guidance, zoo
 from dgkit.anatomy import dissect
 from dgkit.errors import DgkitError
-from dgkit.experiments import GuidedRun, Setting
+from dgkit.experiments import GuidedRun, Setting, imagenet, intervention, layers
 from dgkit.generate import generate
 from dgkit.guidance import METHODS
 from dgkit.massive import Massive
@@ -315,7 +315,7 @@ def test_token_maps_equal_tensors_kept_by_hand(pipe, guidance_scale):
 
 def test_token_maps_refuse_tokens_that_form_no_square(monkeypatch, pipe, run):
     fake = SimpleNamespace(timesteps=lambda: [1.0], tensors=lambda block, timestep: torch.zeros(1, 12, CHANNELS))
-    monkeypatch.setattr(experiments, "observe", lambda *args, **kwargs: fake)
+    monkeypatch.setattr(layers, "observe", lambda *args, **kwargs: fake)
     with pytest.raises(DgkitError, match="12 image tokens"):
         experiments.token_maps(pipe, run, BLOCK, 7)
 
@@ -353,7 +353,7 @@ def to_mean(output):
 def test_intervene_equals_edits_by_hand(monkeypatch, pipe, run):
     plain = run.images(pipe)
     edits = {}
-    original_disrupt = experiments.disrupt
+    original_disrupt = intervention.disrupt
 
     def watched(target, **kwargs):
         manager = original_disrupt(target, **kwargs)
@@ -368,7 +368,7 @@ def test_intervene_equals_edits_by_hand(monkeypatch, pipe, run):
 
         return Watched()
 
-    monkeypatch.setattr(experiments, "disrupt", watched)
+    monkeypatch.setattr(intervention, "disrupt", watched)
     images = experiments.intervene(pipe, run, block=BLOCK, dims=DIMS, matched=[1, 2, 4], draws=4, seed=9)
     draws = [f"random {k}" for k in range(1, 5)]
     assert list(images) == ["original", "massive", "left half", "norm kept", "mean", "matched", *draws]
@@ -749,7 +749,7 @@ def blobs(monkeypatch):
         asked.append((run, setting, images))
         return GuidedRun(images)
 
-    monkeypatch.setattr(experiments, "guide", guide)
+    monkeypatch.setattr(imagenet, "guide", guide)
     return asked
 
 
@@ -776,8 +776,8 @@ def test_efficientnet_values(monkeypatch, pipe, blobs):
         return np.asarray(images, float).reshape(len(images), -1)[:, [300, 1200]]
 
     real = torch.randint(0, 256, (100, 1, 28, 28), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    monkeypatch.setattr(experiments, "efficientnet_features", features)
-    monkeypatch.setattr(experiments, "fashion_mnist", lambda split: (real, torch.zeros(100)))
+    monkeypatch.setattr(imagenet, "efficientnet_features", features)
+    monkeypatch.setattr(imagenet, "fashion_mnist", lambda split: (real, torch.zeros(100)))
     runs = experiments.table_6_runs(pipe, {"cond": (Setting(), True)}, 12, [4, 5], 2)
     values = experiments.efficientnet_values(runs)
     theirs = features(real[:24].movedim(1, -1).expand(-1, -1, -1, 3))
@@ -836,7 +836,7 @@ def test_training_history(monkeypatch, tmp_path):
     (tmp_path / "models" / "m").mkdir(parents=True)
     rows = [{"step": 5, "ratio": [2.0, 3.0], "dim": [1, 7]}, {"step": 9, "ratio": [4.0, 8.5], "dim": [1, 1]}]
     (tmp_path / "models" / "m" / "quality.json").write_text(json.dumps({"massive": rows}))
-    monkeypatch.setattr(experiments, "DATA", tmp_path)
+    monkeypatch.setattr(layers, "DATA", tmp_path)
     history = experiments.training_history("m")
     assert history.to_numpy().tolist() == [[5, 0, 2, 1], [5, 1, 3, 7], [9, 0, 4, 1], [9, 1, 8.5, 1]]
     assert experiments.training_history("other").empty

@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 
 import dgkit
-from dgkit import experiments, findings, paper, readings
-from dgkit.experiments import GuidedRun, Setting
+from dgkit import experiments, findings, paper
+from dgkit.experiments import GuidedRun, Setting, readings
 from tests.tiny_models import pipeline
 
 

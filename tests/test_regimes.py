@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import dgkit
-from dgkit import experiments, figures, regimes
+from dgkit import experiments, figures
 from dgkit.errors import DgkitError
+from dgkit.experiments import regimes
 from dgkit.metrics.spectrum import band_error
 from tests.tiny_models import pipeline
 

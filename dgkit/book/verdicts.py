@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from dgkit import experiments, findings, paper, plan, protocol, readings, results
+from dgkit import experiments, findings, paper, plan, protocol, results
 from dgkit.book.beside import SCORES
 from dgkit.book.text import chapter_link, code, command_of, on_models, plain, table
 from dgkit.errors import DgkitError
+from dgkit.experiments import readings
 from dgkit.massive import detect_massive
 from dgkit.tiny import ladder
 from dgkit.zoo import MODELS

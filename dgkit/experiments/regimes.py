@@ -11,7 +11,8 @@ from typing import Any
 import pandas as pd
 
 from dgkit.errors import DgkitError
-from dgkit.experiments import Samples, contrast, image_effects, summarise
+from dgkit.experiments.intervention import contrast, image_effects, summarise
+from dgkit.experiments.sampling import Samples
 from dgkit.hooks import Trace, disrupt
 from dgkit.metrics.judges import Judge
 

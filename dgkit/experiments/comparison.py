@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from dgkit import stats
 from dgkit.anatomy import dissect, pipeline_row
 from dgkit.errors import DgkitError
-from dgkit.experiments import Samples, frechet_change, samples, worse_copy
+from dgkit.experiments.guidance import frechet_change, worse_copy
+from dgkit.experiments.sampling import Samples, samples
 from dgkit.guidance import METHODS, Method, Reuse, guide
 from dgkit.metrics.judges import Judge, judge_of
 from dgkit.metrics.spectrum import sharpness

@@ -7,8 +7,8 @@ import pandas as pd
 
 from dgkit import paper, stats
 from dgkit.anatomy import dissect
-from dgkit.comparison import distance
-from dgkit.experiments import GuidedRun, Setting
+from dgkit.experiments.comparison import distance
+from dgkit.experiments.guidance import GuidedRun, Setting
 from dgkit.guidance import METHODS
 from dgkit.hooks import Trace
 from dgkit.metrics.spectrum import sharpness

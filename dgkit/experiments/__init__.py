@@ -1,0 +1,83 @@
+"""What the notebooks measure: a module per section of the paper, from a pipeline to plain numbers."""
+
+from dgkit.experiments.ablations import ablation_settings, cost_table, sweep, sweep_values, total_cost
+from dgkit.experiments.guidance import (
+    GuidedRun,
+    Setting,
+    cfg_scale,
+    control_settings,
+    dg_scales,
+    frechet_change,
+    guidance_settings,
+    guidance_values,
+    guide,
+    guide_all,
+    noisy_copy,
+    worse_copy,
+)
+from dgkit.experiments.imagenet import (
+    efficientnet_values,
+    table_6,
+    table_6_beside_paper,
+    table_6_runs,
+    table_6_settings,
+    table_6_values,
+)
+from dgkit.experiments.intervention import (
+    contrast,
+    draw_values,
+    half_values,
+    image_effects,
+    intervene,
+    intervention_values,
+    left_half,
+    summarise,
+)
+from dgkit.experiments.layers import layer_values, token_maps, training_history
+from dgkit.experiments.sampling import Samples, condition_names, observe, samples, side_of_square, subject
+from dgkit.experiments.timesteps import timestep_shares, timestep_values
+
+__all__ = [
+    "Samples",
+    "samples",
+    "condition_names",
+    "subject",
+    "observe",
+    "side_of_square",
+    "layer_values",
+    "training_history",
+    "token_maps",
+    "timestep_shares",
+    "timestep_values",
+    "left_half",
+    "intervene",
+    "image_effects",
+    "summarise",
+    "contrast",
+    "intervention_values",
+    "half_values",
+    "draw_values",
+    "GuidedRun",
+    "Setting",
+    "guide",
+    "dg_scales",
+    "cfg_scale",
+    "guide_all",
+    "guidance_settings",
+    "worse_copy",
+    "noisy_copy",
+    "control_settings",
+    "guidance_values",
+    "frechet_change",
+    "ablation_settings",
+    "cost_table",
+    "total_cost",
+    "sweep",
+    "sweep_values",
+    "table_6_settings",
+    "table_6_runs",
+    "table_6",
+    "efficientnet_values",
+    "table_6_values",
+    "table_6_beside_paper",
+]
