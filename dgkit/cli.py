@@ -44,11 +44,11 @@ def _parser() -> argparse.ArgumentParser:
     book = verbs.add_parser("book", help="prepare the book").add_subparsers(required=True, metavar="VERB")
     book.add_parser("execute", help="run all notebooks in place, with their defaults").set_defaults(verb=_book_execute)
 
-    tiny = verbs.add_parser("tiny", help="train the shipped models").add_subparsers(required=True, metavar="VERB")
+    tiny = verbs.add_parser("tiny", help="train the small models").add_subparsers(required=True, metavar="VERB")
     train = tiny.add_parser("train", help="train one in _build/tiny/NAME, going on where a killed run was")
     train.add_argument("name", metavar="NAME", help="e.g. tiny-dit")
     train.set_defaults(verb=_tiny_train)
-    measure = tiny.add_parser("measure", help="measure a trained one and write its card beside the weights")
+    measure = tiny.add_parser("measure", help="measure a trained one and write its card, or its file in data/ladder")
     measure.add_argument("name", metavar="NAME", help="e.g. tiny-dit")
     measure.set_defaults(verb=_tiny_measure)
 

@@ -373,22 +373,24 @@ def over_size(history: pd.DataFrame, sizes: pd.DataFrame, threshold: float) -> F
     """Fig. 3(b) and (c): the largest channel of any block along training, and against the size at equal steps.
 
     Args:
-        history: columns size, step, ratio, low, high; one row per block (a missing interval is not drawn).
-        sizes: columns size, parameters, step, ratio, low, high; one row per size.
+        history: columns size, seed, step, ratio, low, high; one row per block.
+        sizes: columns size, seed, parameters, step, ratio, low, high; one row per training.
         threshold: the ratio above which a channel counts as massive.
     """
     figure, (along, across) = plt.subplots(1, 2, figsize=(WIDTH, 3.4), sharey=True)
-    for i, (size, parameters, ratio, low, high) in enumerate(
-        sizes[["size", "parameters", "ratio", "low", "high"]].itertuples(index=False)
-    ):
-        colour, snapshots = COLOURS[i], history[history["size"] == size]
-        largest = snapshots.loc[snapshots.groupby("step")["ratio"].idxmax()]
-        along.plot(largest["step"], largest["ratio"], "o-", color=colour, markersize=4, label=f"{size}")
-        along.fill_between(largest["step"], largest["low"], largest["high"], color=colour, alpha=0.25, linewidth=0)
-        millions = parameters / 1e6
-        across.plot([millions, millions], [low, high], color=colour, linewidth=2)
-        across.plot(millions, ratio, "o", color=colour)
-        across.annotate(size, (millions, ratio), xytext=(6, -3), textcoords="offset points", fontsize=9)
+    for i, size in enumerate(dict.fromkeys(sizes["size"])):
+        colour = COLOURS[i]
+        for number, (_, snapshots) in enumerate(history[history["size"] == size].groupby("seed")):
+            largest = snapshots.loc[snapshots.groupby("step")["ratio"].idxmax()]
+            label = None if number else f"{size}"
+            along.plot(largest["step"], largest["ratio"], "o-", color=colour, markersize=4, label=label)
+            along.fill_between(largest["step"], largest["low"], largest["high"], color=colour, alpha=0.25, linewidth=0)
+        trainings = sizes[sizes["size"] == size]
+        millions = trainings["parameters"] / 1e6
+        across.vlines(millions, trainings["low"], trainings["high"], color=colour, linewidth=2)
+        across.plot(millions, trainings["ratio"], "o", color=colour)
+        highest = (millions.iloc[0], trainings["ratio"].max())
+        across.annotate(size, highest, xytext=(6, -3), textcoords="offset points", fontsize=9)
     for ax in (along, across):
         ax.axhline(threshold, color="black", linestyle="--", linewidth=0.8)
         ax.set(xscale="log", yscale="log")

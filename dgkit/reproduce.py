@@ -2,8 +2,8 @@
 
 Images lie in run folders of `dgkit.generate`, named by what decides them, so a killed run goes on, and rows that tables
 share are made once. Scores of networks are kept beside the images. The result file is `<output>/<model>/<table>.json`,
-with what took the model's place instead of it, and the number of images, where it is not the paper's, and settings that
-the paper does not state in the file's name: `table6-dims-7-scale-0.5-1000.json`.
+with what took the model's place instead of it. The file's name also has the dims and the scale where the paper does not
+state them, and the number of images where it is not the paper's: `table6-dims-7-scale-0.5-1000.json`.
 """
 
 import gc

@@ -182,20 +182,20 @@ def load(name: str, model: str, reference: bool = False) -> Record:
     if not path.is_file():
         kind = "reference" if reference else "accepted"
         raise DgkitError(f"there is no {kind} result {name!r} of model {model!r}: {path.parent.name}/{path.name}")
-    return _read(path)
+    return read(path)
 
 
 def reference_of(name: str, model: str) -> Record | None:
     """The reference run of result `name` on `model`, if there is one."""
     path = REFERENCE / safe_name(model) / f"{safe_name(name)}.json"
-    return _read(path) if path.is_file() else None
+    return read(path) if path.is_file() else None
 
 
 def references(name: str) -> dict[str, Record]:
     """The reference runs of result `name` by model, those of the zoo first and in its order."""
     from dgkit.zoo import MODELS
 
-    measured = {path.parent.name: _read(path) for path in sorted(REFERENCE.glob(f"*/{safe_name(name)}.json"))}
+    measured = {path.parent.name: read(path) for path in sorted(REFERENCE.glob(f"*/{safe_name(name)}.json"))}
     known = {safe_name(model): model for model in MODELS}
     ordered = [folder for folder in known if folder in measured]
     return {known.get(folder, folder): measured[folder] for folder in dict.fromkeys([*ordered, *measured])}
@@ -302,7 +302,7 @@ def check(new: Path, accepted: Path, tolerances: Path = TOLERANCES) -> list[Diff
         elif name not in accepted_files:
             differences.append(Difference(name, "", "missing", "present", "never accepted"))
         else:
-            differences += _compared(name, _read(files[name]), _read(accepted_files[name]), allowed)
+            differences += _compared(name, read(files[name]), read(accepted_files[name]), allowed)
     return differences
 
 
@@ -323,7 +323,7 @@ def accept(new: Path, accepted: Path) -> list[Path]:
     """
     files = _files(new)
     for path in files.values():
-        _read(path)
+        read(path)
     written = []
     for name, path in files.items():
         target = accepted / f"{name}.json"
@@ -466,7 +466,12 @@ def _text(record: Record) -> str:
     return "{\n" + ",\n".join(sections) + "\n}\n"
 
 
-def _read(path: Path) -> Record:
+def read(path: Path) -> Record:
+    """The result file `path`.
+
+    Raises:
+        DgkitError: it is missing or no result file.
+    """
     try:
         return Record(**json.loads(path.read_text()))
     except (OSError, TypeError, json.JSONDecodeError) as error:

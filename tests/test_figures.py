@@ -51,11 +51,11 @@ TABLE_6 = pd.DataFrame({"setting": ["cond"] * 2 + ["cond+DG"] * 2, "seed": [0, 1
                         "is": [6.0, 7, 8, 9]})  # fmt: skip
 TRAINING = pd.DataFrame({"step": [10, 100] * 2, "block": [0, 0, 1, 1], "ratio": [2.0, 3, 4, 20]})
 LADDER = pd.DataFrame(
-    [("S", 10, 0, 2.0), ("S", 10, 1, 1.5), ("S", 100, 0, 3.0), ("S", 100, 1, 4.0),
-     ("L", 10, 0, 2.5), ("L", 10, 1, 6.0), ("L", 100, 0, 7.0), ("L", 100, 1, 12.0)],
-    columns=["size", "step", "block", "ratio"],
+    [("S", 0, 10, 0, 2.0), ("S", 0, 10, 1, 1.5), ("S", 0, 100, 0, 3.0), ("S", 0, 100, 1, 4.0),
+     ("L", 0, 10, 0, 2.5), ("L", 0, 10, 1, 6.0), ("L", 0, 100, 0, 7.0), ("L", 0, 100, 1, 12.0),
+     ("L", 1, 10, 0, 5.0), ("L", 1, 100, 0, 9.0)],
+    columns=["size", "seed", "step", "block", "ratio"],
 ).assign(low=lambda t: t["ratio"] - 0.5, high=lambda t: t["ratio"] + 1)  # fmt: skip
-LADDER.loc[4:5, ["low", "high"]] = np.nan
 LOSSES = pd.DataFrame({"step": [1, 10, 100], "loss": [2.0, 1.5, 0.5]})
 REGIMES = pd.DataFrame(
     [
@@ -65,7 +65,7 @@ REGIMES = pd.DataFrame(
         for channels in ("largest", "random") for block in (0, 2) for k in (1, 8)
     ]
 )  # fmt: skip
-SIZES = LADDER.loc[[3, 7]].assign(parameters=[500_000, 5_000_000])
+SIZES = LADDER.loc[[3, 7, 9]].assign(parameters=[500_000, 5_000_000, 5_000_000])
 
 FIGURES = {
     "channel_profiles": lambda: figures.channel_profiles(MEAN_ABS, [0, 2], [3, 7], 5.0),
@@ -100,7 +100,6 @@ FIGURES = {
     "training_curve": lambda: figures.training_curve(LOSSES),
     "over_size": lambda: figures.over_size(LADDER, SIZES, 5.0),
     "over_size of one size": lambda: figures.over_size(LADDER[:4], SIZES[:1], 5.0),
-    "over_size without intervals": lambda: figures.over_size(LADDER[4:6], SIZES[1:].assign(low=np.nan, high=np.nan), 5),
 }
 # sequential colour maps: magnitude as colour, and depth of a block as colour
 SEQUENTIAL = ("layer_map", "token_maps", "over_training")
@@ -345,13 +344,16 @@ def test_over_training():
 
 def test_over_size():
     along, across = figures.over_size(LADDER, SIZES, 5.0).axes
-    assert np.allclose(line(along, "S"), [2, 4]) and np.allclose(line(along, "L"), [6, 12])
+    assert [found.get_ydata().tolist() for found in along.lines[:3]] == [[2, 4], [6, 12], [5, 9]]
+    colours = [found.get_color() for found in along.lines[:3]]
+    assert colours[0] != colours[1] == colours[2]  # a colour per size, a line per training
     assert [t.get_text() for t in along.get_legend().get_texts()] == ["S", "L"]
     bands = [np.concatenate([path.vertices for path in band.get_paths()]) for band in along.collections]
-    assert [(band[:, 1].min(), band[:, 1].max()) for band in bands] == [(1.5, 5), (11.5, 13)]  # L at 10 steps has none
-    assert (bands[1][:, 0] == 100).all()
-    points = [[[0.5, 3.5], [0.5, 5]], [[0.5, 4]], [[5, 11.5], [5, 13]], [[5, 12]]]
-    for found, expected in zip(pairs(across)[:4], points, strict=True):
+    assert [(band[:, 1].min(), band[:, 1].max()) for band in bands] == [(1.5, 5), (5.5, 13), (4.5, 10)]
+    segments = [bars.get_segments() for bars in across.collections]
+    assert np.allclose(segments[0], [[[0.5, 3.5], [0.5, 5]]])
+    assert np.allclose(segments[1], [[[5, 11.5], [5, 13]], [[5, 8.5], [5, 10]]])
+    for found, expected in zip(pairs(across)[:2], [[[0.5, 4]], [[5, 12], [5, 9]]], strict=True):
         assert np.allclose(found, expected)
     assert [text.get_text() for text in across.texts] == ["S", "L"]
     assert across.get_xlabel() == "million parameters (after 100 steps)"

@@ -59,7 +59,8 @@ def test_a_rungs_recipe_is_tiny_dits_but_for_the_size_and_the_steps(name: str) -
     assert dataclasses.replace(schedules[0], steps=0, decay_steps=0) == dataclasses.replace(schedules[1], steps=0)
     # at each step the rung is trained for, its learning rate is tiny-dit's
     assert all(schedules[0].lr_at(step) == schedules[1].lr_at(step) for step in range(schedules[0].steps))
-    same = {"transformer": base.transformer, "transformer_schedule": base.transformer_schedule}
+    assert rung.seeds[0] == base.transformer_schedule.seed and base.seeds == (0,)
+    same = {"transformer": base.transformer, "transformer_schedule": base.transformer_schedule, "seeds": base.seeds}
     assert dataclasses.replace(rung, **same) == base
     assert rung.transformer_schedule.steps in rung.snapshots
     assert "steps" in tomllib.loads((RECIPES / f"{name}.toml").read_text())["transformer"]["schedule"]
@@ -169,7 +170,7 @@ def test_training_and_measuring_a_rung(fake_data: Any, tmp_path: Path, monkeypat
     def read_short(path: Path) -> dit.Recipe:
         full = read(path)
         short = dataclasses.replace(full.transformer_schedule, **schedule)
-        return dataclasses.replace(full, transformer_schedule=short, snapshots=(2, 3))
+        return dataclasses.replace(full, transformer_schedule=short, snapshots=(2, 3), seeds=(0, 5))
 
     monkeypatch.setattr(dit.Recipe, "read", read_short)
     monkeypatch.setattr(data, "fashion_mnist", lambda split: tuple(tensor[:20] for tensor in fake_data))
@@ -178,8 +179,21 @@ def test_training_and_measuring_a_rung(fake_data: Any, tmp_path: Path, monkeypat
     with pytest.raises(LoadError, match="no finished training"):
         ladder.measure_rung(run)
     tiny.train("tiny-dit-s", run)
-    with (run / "transformer" / "loss.csv").open() as file:
-        assert len(list(csv.DictReader(file))) == 3
+    logs = {}
+    for seed in (0, 5):
+        with (run / f"transformer-{seed}" / "loss.csv").open() as file:
+            logs[seed] = [row["loss"] for row in csv.DictReader(file)]
+    assert len(logs[0]) == len(logs[5]) == 3 and not set(logs[0]) & set(logs[5])
+    first, written = (
+        load_file(file)
+        for file in (
+            run / "transformer-0" / "step-3.safetensors",
+            run / "model" / "transformer" / "diffusion_pytorch_model.safetensors",
+        )
+    )
+    assert all(torch.equal(tensor.bfloat16(), written[name]) for name, tensor in first.items())
+    for file in ("tiny-dit-s.toml", "tiny-dit.toml"):  # the recipe says how it differs from its base
+        assert (run / "model" / file).read_bytes() == (RECIPES / file).read_bytes()
     shipped = load_file(DATA / "models" / "tiny-dit" / "vae" / "diffusion_pytorch_model.safetensors")
     saved = load_file(run / "model" / "vae" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(tensor, shipped[name]) for name, tensor in saved.items()) and saved.keys() == shipped.keys()
@@ -195,11 +209,14 @@ def test_training_and_measuring_a_rung(fake_data: Any, tmp_path: Path, monkeypat
     file = tmp_path / "data" / "ladder" / "tiny-dit-s.json"
     assert json.loads(file.read_text()) == measured
     assert measured["recipe"]["transformer"]["num_attention_heads"] == 3
-    assert measured["recipe"]["schedule"]["steps"] == measured["training"]["steps"] == 3
-    parameters = DiffusionPipeline.from_pretrained(run / "model").transformer.parameters()
-    assert measured["training"]["parameters"] == sum(p.numel() for p in parameters)
-    assert [row["step"] for row in measured["history"]] == [2, 3]
-    assert measured["history"][-1]["ratio"] == pytest.approx(measured["last"]["ratio"], rel=0.02)  # bfloat16
+    count = sum(p.numel() for p in DiffusionPipeline.from_pretrained(run / "model").transformer.parameters())
+    assert [training["seed"] for training in measured["trainings"]] == [0, 5]
+    for training in measured["trainings"]:
+        assert measured["recipe"]["schedule"]["steps"] == training["steps"] == 3
+        assert training["parameters"] == count
+        assert [row["step"] for row in training["history"]] == [2, 3]
+    ratios = [training["history"][-1]["ratio"] for training in measured["trainings"]]
+    assert ratios[0] == pytest.approx(measured["last"]["ratio"], rel=0.02) and ratios[0] != ratios[1]  # bfloat16
     assert set(measured["last"]["rank_in_alpha"]) == {"msa", "mlp"}
     assert {len(measured["last"][key]) for key in ("ratio", "low", "high", "dim", "token_share")} == {4}
     assert measured["samples"]["low"] <= measured["samples"]["agreement"] <= measured["samples"]["high"]
@@ -235,7 +252,10 @@ def test_the_samples_are_judged_against_their_own_class(random_pipe: DiTPipeline
 
 
 def write_ladder(folder: Path, ratios: dict[str, dict[int, list[float]]]) -> None:
-    """Measurements of sizes of 10, 20, ... parameters with `ratios` of each block by step; dim = step + block."""
+    """Measurements of sizes of 10, 20, ... parameters with `ratios` of each block by step; dim = step + block.
+
+    The second of the two trainings has half of the ratios and intervals.
+    """
     (folder / "ladder").mkdir(exist_ok=True)
     for i, (name, by_step) in enumerate(ratios.items(), start=1):
         history = [
@@ -248,15 +268,18 @@ def write_ladder(folder: Path, ratios: dict[str, dict[int, list[float]]]) -> Non
             }
             for step, values in by_step.items()
         ]
+        halved = [row | {key: [v / 2 for v in row[key]] for key in ("ratio", "low", "high")} for row in history]
         depth = len(history[0]["ratio"])
+        took = {"parameters": 10 * i, "steps": history[-1]["step"]}
         last = history[-1] | {
             "low": [0.0] * depth, "high": [99.0] * depth, "loss": 0.5, "token_share": [0.25 * b for b in range(depth)],
             "rank_in_alpha": {"msa": [7] * depth, "mlp": [5 - b for b in range(depth)]},
         }  # fmt: skip
         config = {"num_attention_heads": 3, "attention_head_dim": 16, "num_layers": depth}
         content = {
-            "recipe": {"transformer": config}, "training": {"parameters": 10 * i, "steps": history[-1]["step"]},
-            "history": history, "last": last, "samples": {"agreement": 0.5, "low": 0.4, "high": 0.6},
+            "recipe": {"transformer": config},
+            "trainings": [{"seed": 0, **took, "history": history}, {"seed": 1, **took, "history": halved}],
+            "last": last, "samples": {"agreement": 0.5, "low": 0.4, "high": 0.6},
         }  # fmt: skip
         (folder / "ladder" / f"{name}.json").write_text(json.dumps(content))
 
@@ -275,26 +298,30 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_the_history_has_a_row_per_size_step_and_block(planted: Path) -> None:
+def test_the_history_has_a_row_per_size_training_step_and_block(planted: Path) -> None:
     table = ladder.history()
     expected = [
-        (name.removeprefix("tiny-dit-").upper(), 10 * i, 48, len(values), step, b, v, v - 1, v + 2, step + b)
+        (name.removeprefix("tiny-dit-").upper(), 10 * i, 48, len(values), seed, step, b, *ratio, step + b)
         for i, (name, by_step) in enumerate(RATIOS.items(), start=1)
+        for seed in (0, 1)
         for step, values in by_step.items()
         for b, v in enumerate(values)
+        for ratio in [(v / (seed + 1), (v - 1) / (seed + 1), (v + 2) / (seed + 1))]
     ]
     assert list(table.itertuples(index=False, name=None)) == expected
     assert list(table.columns) == [
-        "size", "parameters", "width", "depth", "step", "block", "ratio", "low", "high", "dim",
+        "size", "parameters", "width", "depth", "seed", "step", "block", "ratio", "low", "high", "dim",
     ]  # fmt: skip
 
 
 def test_sizes_are_compared_at_the_largest_common_step(planted: Path) -> None:
     table = ladder.sizes(ladder.history())
-    assert table[["size", "step", "block", "dim", "ratio", "low", "high"]].to_numpy().tolist() == [
-        ["S", 9, 1, 10, 3.0, 2.0, 5.0], ["B", 9, 0, 9, 6.0, 5.0, 8.0], ["XL", 9, 2, 11, 7.0, 6.0, 9.0],
+    assert table[["size", "seed", "step", "block", "dim", "ratio", "low", "high"]].to_numpy().tolist() == [
+        ["S", 0, 9, 1, 10, 3.0, 2.0, 5.0], ["S", 1, 9, 1, 10, 1.5, 1.0, 2.5],
+        ["B", 0, 9, 0, 9, 6.0, 5.0, 8.0], ["B", 1, 9, 0, 9, 3.0, 2.5, 4.0],
+        ["XL", 0, 9, 2, 11, 7.0, 6.0, 9.0], ["XL", 1, 9, 2, 11, 3.5, 3.0, 4.5],
     ]  # fmt: skip
-    assert table["massive_blocks"].tolist() == pytest.approx([0, 1 / 2, 2 / 3])
+    assert table["massive_blocks"].tolist() == pytest.approx([0, 0, 1 / 2, 0, 2 / 3, 0])
 
 
 def test_rungs_say_how_good_each_size_is(planted: Path) -> None:
@@ -307,21 +334,32 @@ def test_rungs_say_how_good_each_size_is(planted: Path) -> None:
     assert str(table["agreement"][0]) == "0.500 [0.400, 0.600]"
 
 
-def test_values_and_sentence_of_growing_sizes(planted: Path) -> None:
+def test_values_and_sentence(planted: Path) -> None:
     values = ladder.values()
-    assert values["ladder.sizes"] == ["S", "B", "XL"] and values["ladder.step"] == 9
-    assert values["ladder.rank_correlation"] == pytest.approx(1)
-    assert values["ladder.p"] == pytest.approx(2 / 6)  # the order and its reverse, of six
+    assert values["ladder.sizes"] == ["S", "S", "B", "B", "XL", "XL"] and values["ladder.seeds"] == [0, 1] * 3
+    assert values["ladder.step"] == 9
+    assert values["ladder.rank_correlation"] == pytest.approx(1)  # of 2.25, 4.5 and 5.25
+    assert values["ladder.p"] == values["ladder.smallest_p"] == pytest.approx(2 / 6)  # the order and its reverse, of 6
     sentence = ladder.sentence(values)
-    assert "3.0, 6.0, 7.0 times" in sentence and "in 2 of the 3" in sentence
-    assert "massive activations grow with size (rank correlation 1.00; with 3 sizes" in sentence
+    assert "3.0 and 1.5 (S), 6.0 and 3.0 (B), 7.0 and 3.5 (XL) times" in sentence
+    assert "above five times in 2 of the 6 trainings" in sentence
+    assert "massive activations grow with size (rank correlation of the sizes' means 1.00, p = 0.33; " in sentence
+    assert "cannot have less than p = 0.33" in sentence
 
 
 @pytest.mark.parametrize(
-    ("ratios", "words"), [([3.0, 7, 6], "do not grow steadily with size"), ([7.0, 6, 3], "do not grow with size")]
+    ("ratios", "words"),
+    [
+        ([3.0, 4, 5, 6], "grow with size"),  # 3.0 and 1.5, 4.0 and 2.0, ...: the means grow
+        ([6.0, 5, 4, 3], "do not grow with size"),
+        ([3.0, 5, 4, 6], "do not grow steadily with size"),
+    ],
 )
-def test_the_sentence_follows_the_order(planted: Path, ratios: list[float], words: str) -> None:
-    write_ladder(planted, {name: {5: [r]} for name, r in zip(RATIOS, ratios, strict=True)})
+def test_the_sentence_follows_the_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ratios: list[float], words: str
+) -> None:
+    write_ladder(tmp_path, {name: {5: [r]} for name, r in zip(ladder.RUNGS, ratios, strict=True)})
+    monkeypatch.setattr(ladder, "DATA", tmp_path)
     assert f"massive activations {words}" in ladder.sentence(ladder.values())
 
 
@@ -351,9 +389,17 @@ def test_an_unmeasured_ladder_is_empty_and_says_nothing(tmp_path: Path, monkeypa
 
 
 def test_the_shipped_measurements_are_small_and_of_the_recipes() -> None:
+    assert tuple(ladder.measurements()) == ladder.RUNGS
     for name, measured in ladder.measurements().items():
         files = [DATA / "ladder" / f"{name}{suffix}" for suffix in (".json", ".png")]
         assert all(file.stat().st_size < 60_000 for file in files)
         recipe = dit.Recipe.read(RECIPES / f"{name}.toml")
         assert measured["recipe"]["transformer"] == recipe.transformer
-        assert measured["history"][-1]["step"] == measured["training"]["steps"] == recipe.transformer_schedule.steps
+        assert measured["recipe"]["schedule"] == dataclasses.asdict(recipe.transformer_schedule)
+        assert measured["recipe"]["label_dropout"] == recipe.label_dropout
+        assert measured["recipe"]["scheduler"] == recipe.scheduler
+        assert tuple(training["seed"] for training in measured["trainings"]) == recipe.seeds
+        steps = recipe.transformer_schedule.steps
+        for training in measured["trainings"]:
+            assert training["steps"] == steps
+            assert [row["step"] for row in training["history"]] == [n for n in recipe.snapshots if n <= steps]

@@ -1,5 +1,7 @@
 """The pages made from data: what they say has to be in the result files, and nothing may be left out."""
 
+import dataclasses
+import inspect
 import json
 import re
 import sys
@@ -13,10 +15,11 @@ import pytest
 from markdown_it import MarkdownIt
 
 from dgkit import book, findings, notebooks, paper, protocol, reproduce, results
-from dgkit.book import beside, exhibits, runs, verdicts
+from dgkit.book import beside, exhibits, runs, variants, verdicts
 from dgkit.book.text import on_models, plain, table
 from dgkit.book.verdicts import Evidence
 from dgkit.errors import DgkitError
+from dgkit.generate.job import Job
 from dgkit.paths import CHECKOUT
 from dgkit.results import Result
 from dgkit.stats import Interval
@@ -169,13 +172,13 @@ def test_early_is_within_a_tenth_of_the_training(monkeypatch: pytest.MonkeyPatch
 
 
 def test_sizes_need_a_massive_channel_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = pd.DataFrame({"size": list("SBL"), "step": 2000, "ratio": [7.0, 4.0, 9.0], "massive_blocks": [0.5, 0, 1]})
+    sizes = pd.DataFrame({"size": list("SBLL"), "step": 9, "ratio": [7.0, 4, 9, 8], "massive_blocks": [0.5, 0, 1, 1]})
     monkeypatch.setattr(verdicts.ladder, "measurements", lambda: dict.fromkeys("SBL"))
     monkeypatch.setattr(verdicts.ladder, "history", lambda: None)
     monkeypatch.setattr(verdicts.ladder, "sizes", lambda table: sizes)
     (found,) = verdicts._sizes()
     assert found.word == "does not hold"
-    assert found.numbers == "in 2 of 3 sizes after 2,000 steps (ratios: S 7.0, B 4.0, L 9.0)"
+    assert found.numbers == "in 3 of 4 trainings after 9 steps: ratios 7.0 (S), 4.0 (B), 9.0 and 8.0 (L)"
     monkeypatch.setattr(verdicts.ladder, "measurements", lambda: dict.fromkeys("SB"))
     assert not [*verdicts._sizes()]
 
@@ -527,3 +530,48 @@ def test_the_directive_is_made_again_when_only_the_data_changed(build: Any, monk
 def test_the_directive_warns_of_what_it_cannot_make(build: Any) -> None:
     _, warnings = build("nothing")
     assert "use one of chapters" in warnings
+
+
+# variants of tiny-sd3 -------------------------------------------------------------------------------------------------
+
+
+def test_the_variants_are_shown_step_by_step_and_claim_by_claim(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(variants.variants, "sentence", lambda: "It grew.")
+    table = pd.DataFrame({"step": ["10", "20"], "96 channels": ["3.0", "4.0"], "128 channels": ["", "5.0"]})
+    monkeypatch.setattr(variants.variants, "table", lambda: table)
+    assert variants.trainings().startswith("It grew.\n\n| step | 96 channels | 128 channels |\n| --- |")
+    assert rows(variants.trainings().partition("\n\n")[2]) == [["10", "3.0", ""], ["20", "4.0", "5.0"]]
+
+    for chapter in variants.CHAPTERS:
+        record = results.read(results.REFERENCE / "tiny-sd3" / f"{chapter}.json")
+        if chapter == "01_layer_properties":  # the longer trained has massive channels in all blocks
+            record.values["blocks_with_massive"] = record.values["blocks"]
+        file = tmp_path / "tiny-sd3-long" / f"{chapter}.json"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(dataclasses.asdict(record)))
+    monkeypatch.setattr(variants.variants, "FOLDER", tmp_path)
+    shown = rows(variants.outcomes().partition("\n\n")[0])
+    assert len(shown) == sum(len(findings.CLAIMS[chapter]) + 1 for chapter in variants.CHAPTERS)
+    differing = [cells for cells in shown if cells[2] != cells[3]]
+    assert [cells[1] for cells in differing] == ["massive channels in every block", "verdict"]
+    assert differing[0][2].startswith("does not hold: 4 of 8") and differing[0][3].startswith("holds: 8 of 8")
+
+
+def test_the_runs_on_the_longer_trained_are_those_on_the_shipped() -> None:
+    for chapter in variants.CHAPTERS:
+        shipped, longer = variants.records(chapter).values()
+        assert shipped.parameters | {"model": None} == longer.parameters | {"model": None}
+        assert shipped.provenance["weights_sha256"] != longer.provenance["weights_sha256"]
+
+
+def test_a_dataclass_has_a_signature_that_sphinx_can_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BOOK / "_ext"))
+    import readable_api
+
+    found = str(inspect.signature(Job))
+    assert "<factory>" in found
+    shown, returns = readable_api.hide_factories(None, "class", "Job", Job, None, found, None)
+    assert returns is None and shown.count("= ...") == found.count("= <factory>") > 0 and "<" not in shown
+    assert readable_api.hide_factories(None, "module", "dgkit", None, None, None, None) == (None, None)

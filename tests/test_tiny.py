@@ -120,7 +120,12 @@ def test_the_learning_rate_warms_up_and_decays_to_a_tenth() -> None:
     assert schedule.lr_at(0) == pytest.approx(0.2, rel=1e-3)
     assert schedule.lr_at(9) == pytest.approx(2.0, rel=1e-3)
     assert schedule.lr_at(500) == pytest.approx(1.1)  # halfway down the cosine from 2.0 to 0.2
-    assert schedule.lr_at(1000) == pytest.approx(0.2)
+    assert schedule.lr_at(999) == pytest.approx(0.2, rel=1e-4)
+
+
+def test_a_training_longer_than_the_decay_starts_the_schedule_again() -> None:
+    once, twice = Schedule(50, 1, 2.0, warmup=10), Schedule(100, 1, 2.0, warmup=10, decay_steps=50)
+    assert [twice.lr_at(step) for step in range(100)] == 2 * [once.lr_at(step) for step in range(50)]
 
 
 def test_the_record_of_a_training_states_what_it_took(tmp_path: Path) -> None:
@@ -329,6 +334,12 @@ def test_the_whole_recipe_of_the_classifier_refuses_another_recipe(
     (tmp_path / "fashion-classifier.toml").write_text("[schedule]\nsteps = 9\n")
     with pytest.raises(DgkitError, match="another recipe"):
         tiny.train("fashion-classifier", tmp_path)
+
+
+def test_a_run_of_another_base_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tiny-dit.toml").write_text("label_dropout = 0.5\n")
+    with pytest.raises(DgkitError, match=r"another recipe than .*tiny-dit\.toml$"):
+        tiny.train("tiny-dit-s", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["tiny-dot", "", "tiny-dit.toml"])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image, ImageFont
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from scipy.stats import binomtest
 from torch import Tensor, nn
 
@@ -20,7 +20,8 @@ from dgkit import zoo
 from dgkit.errors import DgkitError, LoadError
 from dgkit.generate import generate
 from dgkit.metrics.spectrum import sharpness
-from dgkit.tiny import cards, data, flow, ladder, measuring, quality, text_quality, tiles
+from dgkit.paths import DATA
+from dgkit.tiny import cards, data, flow, ladder, measuring, quality, text_quality, tiles, variants
 from dgkit.tiny.matcher import TileMatcher
 from dgkit.tiny.tiles import Caption, Tiles
 from tests.test_tiny_text import WORDS, random_tiles, recipe_of, small_vae, trained_like
@@ -237,7 +238,7 @@ def test_massive_ratios_of_planted_snapshots(name: str, tmp_path: Path) -> None:
     places = torch.zeros(1, 16)
     if name == "tiny-sd3":  # which adds positions: the 8 x 8 that are cut from the middle of its table
         places = network.transformer.pos_embed.pos_embed.reshape(8, 8, 16).flatten(0, 1)
-    rows = text_quality.massive_over_training(recipe, made, vae, name, tmp_path)
+    rows = text_quality.massive_over_training(recipe, made, vae, tmp_path)
     assert [row["step"] for row in rows] == [9, 100]
     for row in rows:
         magnitude = (biases[row["step"]] + places).abs().mean(0).numpy()
@@ -246,11 +247,11 @@ def test_massive_ratios_of_planted_snapshots(name: str, tmp_path: Path) -> None:
     assert rows[1]["dim"][0] == 4
 
     with pytest.raises(LoadError, match="no step-N"):
-        text_quality.massive_over_training(recipe, made, vae, name, tmp_path / "elsewhere")
+        text_quality.massive_over_training(recipe, made, vae, tmp_path / "elsewhere")
     del weights[next(key for key in weights if key.startswith("text_encoders.1."))]
     save_file({key: tensor.clone() for key, tensor in weights.items()}, tmp_path / "step-200.safetensors")
     with pytest.raises(LoadError, match="step-200"):
-        text_quality.massive_over_training(recipe, made, vae, name, tmp_path)
+        text_quality.massive_over_training(recipe, made, vae, tmp_path)
 
 
 def test_snapshots_are_seen_at_ten_noise_levels_under_their_own_captions_and_encoders(
@@ -269,7 +270,7 @@ def test_snapshots_are_seen_at_ten_noise_levels_under_their_own_captions_and_enc
         return forward(self, noisy, sigma, tokens)
 
     monkeypatch.setattr(flow.Flux, "forward", watch)
-    text_quality.massive_over_training(recipe, made, vae, "tiny-flux", tmp_path)
+    text_quality.massive_over_training(recipe, made, vae, tmp_path)
     assert [sigma.unique().tolist() for _, sigma, _ in calls] == [
         pytest.approx([level]) for level in np.arange(0.05, 1, 0.1)
     ]
@@ -502,3 +503,133 @@ def test_w_is_the_one_whose_sharpness_is_nearest_to_real() -> None:
     ]
     assert cards.sharpest_match(rows, 1.0)["w"] == 0.1
     assert cards.sharpest_match(rows, 4.0)["w"] == 0.0
+
+
+# ------------------------------------------------------------------------------------------------- variants of tiny-sd3
+
+
+def test_a_variant_is_tiny_sd3_but_for_one_thing() -> None:
+    folder = Path(flow.__file__).parent
+    long, wide, base = (
+        flow.Recipe.read(folder / f"{name}.toml") for name in ("tiny-sd3-long", "tiny-sd3-wide", "tiny-sd3")
+    )
+    assert dataclasses.replace(long, schedule=base.schedule, snapshots=base.snapshots) == base
+    width = {"num_attention_heads": 3, "caption_projection_dim": 96}
+    assert dataclasses.replace(wide, schedule=base.schedule, transformer=wide.transformer | width) == base
+    for variant in (long, wide):
+        same = {"steps": base.schedule.steps, "decay_steps": 0}
+        assert dataclasses.replace(variant.schedule, **same) == base.schedule
+        for step in range(min(variant.schedule.steps, base.schedule.steps)):
+            assert variant.schedule.lr_at(step) == base.schedule.lr_at(step)
+    assert set(base.snapshots) < set(long.snapshots) and long.snapshots[-1] == long.schedule.steps
+    assert wide.schedule.steps in base.snapshots
+
+
+@pytest.mark.parametrize("run", ["tiny-sd3"], indirect=True)
+def test_a_variant_is_measured(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(variants, "FOLDER", tmp_path / "ladder")
+    monkeypatch.setattr(variants, "unseen_combinations", text_quality.unseen_combinations)
+    monkeypatch.setattr(variants, "load_matcher", text_quality.load_matcher)
+    monkeypatch.setattr(ladder, "RESAMPLES", 50)
+    with pytest.raises(DgkitError, match="a variant's folder is called tiny-sd3-long or tiny-sd3-wide"):
+        variants.measure_variant(run)
+    run = run.rename(tmp_path / "tiny-sd3-long")
+    measured = variants.measure_variant(run)
+    file = tmp_path / "ladder" / "tiny-sd3-long.json"
+    assert json.loads(json.dumps(measured)) == json.loads(file.read_text()) and file.with_suffix(".png").is_file()
+    assert (measured["width"], measured["training"]["steps"]) == (16, 5)
+    assert (measured["matching"]["n"], measured["copies"]["n"]) == (3, 5)
+    first, last = measured["history"]
+    assert (first["step"], last["step"]) == (1, 5) and first | {"step": 5} == last  # of equal snapshots
+    assert np.all(np.diff([first[key] for key in ("low", "ratio", "high")], axis=0) >= 0)
+    network = flow.build_model(flow.Recipe.read(run), Tiles.load()).eval()
+    network.load_state_dict(load_file(run / "transformer" / "step-5.safetensors"), strict=False)
+    vae = DiffusionPipeline.from_pretrained(run / "model").vae
+    for key, rows in (("loss", range(48, 52)), ("training_loss", np.random.default_rng(0).permutation(48)[:4])):
+        assert first[key] == pytest.approx(naive_loss(network, vae, Tiles.load(), [*rows]), rel=1e-3)
+
+
+def naive_loss(network: flow.TextToImage, vae: Any, made: Tiles, rows: list[int]) -> float:
+    """The mean squared error of the velocity for these tiles, tile by tile, in float64 but for the networks."""
+    noise = torch.randn(10, len(rows), 8, 16, 16, generator=torch.Generator().manual_seed(0)).double()
+    errors = []
+    for i, sigma in enumerate(np.arange(0.05, 1, 0.1)):
+        for j, row in enumerate(rows):
+            with torch.no_grad():
+                mean = vae.encode(made.pixels[row : row + 1].float() / 127.5 - 1).latent_dist.mean
+                latents = ((mean - vae.config.shift_factor) * vae.config.scaling_factor).double()
+                noisy = (1 - sigma) * latents + sigma * noise[i, j]
+                tokens = network.tokenize([str(made.captions[row])])
+                velocity = network(noisy.float(), torch.tensor([float(sigma)]), tokens)
+            errors.append(float((velocity - (noise[i, j] - latents)).square().mean()))
+    return float(np.mean(errors))
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_the_loss_on_tiles_is_that_of_a_naive_loop(held_out: bool) -> None:
+    made, network, vae = tiles_of(240, held_out=120), trained_like("tiny-sd3"), small_vae()
+    rows = [*range(120, 220)] if held_out else np.random.default_rng(0).permutation(120)[:100].tolist()
+    loss = text_quality.loss_on_tiles(network, vae, made, held_out=held_out)
+    assert loss == pytest.approx(naive_loss(network, vae, made, rows), rel=1e-4)
+
+
+def planted_variant(folder: Path, name: str, width: int, ratios: dict[int, list[float]]) -> None:
+    history = [
+        {"step": step, "ratio": row, "low": [r - 0.1 for r in row], "high": [r + 0.2 for r in row],
+         "dim": [7 + block for block in range(len(row))], "loss": 0.5 + step, "training_loss": 0.25 * step}
+        for step, row in ratios.items()
+    ]  # fmt: skip
+    facts = {"width": width, "history": history, "copies": {"share": 0.25, "low": 0.125, "high": 0.5}}
+    facts["matching"] = {"share": 0.875, "low": 0.75, "high": 1.0}
+    (folder / "ladder").mkdir(exist_ok=True)
+    (folder / "ladder" / f"{name}.json").write_text(json.dumps(facts))
+
+
+def test_the_variants_are_compared_at_equal_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(variants, "FOLDER", tmp_path / "ladder")
+    monkeypatch.setattr(variants, "shipped_steps", lambda: 5000)
+    assert variants.table().empty
+    planted_variant(tmp_path, "tiny-sd3-long", 96, {3000: [4.0, 8.5], 5000: [9.5, 9.0], 10000: [9.25, 9.75]})
+    with pytest.raises(DgkitError, match="^not measured: tiny-sd3-wide"):
+        variants.sentence()
+    planted_variant(tmp_path, "tiny-sd3-wide", 128, {1000: [3.0, 2.0], 3000: [3.0, 12.0]})
+    assert variants.table().to_numpy().tolist() == [
+        ["1,000", "", "3.0 [2.9, 3.2] (block 0, channel 7)"],
+        ["3,000", "8.5 [8.4, 8.7] (block 1, channel 8)", "12.0 [11.9, 12.2] (block 1, channel 8)"],
+        ["5,000", "9.5 [9.4, 9.7] (block 0, channel 7)", ""],
+        ["10,000", "9.8 [9.7, 9.9] (block 1, channel 8)", ""],
+    ]
+    sentence = variants.sentence()
+    assert "After 5,000 steps, which is the shipped model, the largest channel is 9.5 [9.4, 9.7]" in sentence
+    assert "With 128 channels it is 12.0 [11.9, 12.2] after 3,000 steps, where the model of 96 channels has" in sentence
+    assert "has 8.5 [8.4, 8.7]. From" in sentence
+    assert "from 1250.000 to 2500.000 on training tiles and from 5000.500 to 10000.500 on held-out" in sentence
+    card = (DATA / "models" / "tiny-sd3" / "README.md").read_text()
+    shares = re.search(
+        r"recognises (.*) of the unseen combinations instead of (.*), and (.*) instead of (.*) of the sa", sentence
+    )
+    assert shares and shares[1] == "87.5% [75.0%, 100.0%]" and shares[3] == "25.0% [12.5%, 50.0%]"
+    assert f"64 samples, unseen combinations | 3 | {shares[2]} |" in card
+    assert f"{shares[4]} of the samples are within 10 grey levels of a training tile" in card
+
+
+def test_what_is_kept_of_the_variants_is_of_their_recipes() -> None:
+    assert tuple(variants.measurements()) == variants.VARIANTS
+    for name, measured in variants.measurements().items():
+        recipe = flow.Recipe.read(Path(flow.__file__).parent / f"{name}.toml")
+        assert measured["recipe"] == json.loads(json.dumps(dataclasses.asdict(recipe)))
+        assert measured["training"]["steps"] == recipe.schedule.steps
+        steps = [step for step in recipe.snapshots if step <= recipe.schedule.steps]
+        assert [row["step"] for row in measured["history"]] == steps
+        assert all((variants.FOLDER / f"{name}{end}").stat().st_size < 200_000 for end in (".json", ".png"))
+    assert [measured["width"] for measured in variants.measurements().values()] == [96, 128]
+    assert variants.sentence()
+
+
+def test_the_shipped_tiny_sd3_is_the_first_half_of_the_longer_training() -> None:
+    history = {row["step"]: row for row in variants.measurements()["tiny-sd3-long"]["history"]}
+    card = json.loads((DATA / "models" / "tiny-sd3" / "quality.json").read_text())["massive"]
+    for row in card:
+        assert history[row["step"]]["dim"] == row["dim"]
+        assert history[row["step"]]["ratio"] == pytest.approx(row["ratio"], abs=0.011)
+    assert card[-1]["step"] == variants.shipped_steps() == max(history) // 2

@@ -16,7 +16,7 @@ def escape_bars(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines
 def hide_factories(
     app: Sphinx, what: str, name: str, obj: Any, options: Any, signature: str | None, returns: str | None
 ) -> tuple[str | None, str | None]:
-    """Write ... for a default that a dataclass makes anew: with "<factory>", no type could be shortened."""
+    """Write ... for a default that a dataclass makes anew: "<factory>" is no Python, and Sphinx could not parse it."""
     return signature and signature.replace("<factory>", "..."), returns
 
 

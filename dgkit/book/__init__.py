@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Callable
 
 from dgkit import protocol
-from dgkit.book import beside, exhibits, runs, verdicts
+from dgkit.book import beside, exhibits, runs, variants, verdicts
 from dgkit.book.text import code, table
 from dgkit.errors import DgkitError
 from dgkit.zoo import MODELS
@@ -34,6 +34,8 @@ PARTS: dict[str, Callable[..., str]] = {
     "costs": costs,
     "beside-paper": beside.beside_paper,
     "exhibits": exhibits.exhibits,
+    "variants": variants.trainings,
+    "variants-outcomes": variants.outcomes,
     "runs": runs.runs,
     "versions": runs.versions,
     "hardware": runs.hardware,

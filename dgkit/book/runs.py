@@ -1,6 +1,5 @@
 """The runs behind the pages: command, parameters, device, time, commit and versions, from their result files."""
 
-import json
 import os
 import platform
 from importlib.metadata import version
@@ -29,15 +28,13 @@ def pages() -> dict[str, Record]:
         stem = Path(file).stem
         relative = f"{results.safe_name(notebooks.default_model(name))}/{stem}.json"
         for folder in (results_dir(), results.ACCEPTED):
-            record = _read(folder / relative)
-            if record is not None and record.provenance["command"] is not None:
+            if not (folder / relative).is_file():
+                continue
+            record = results.read(folder / relative)
+            if record.provenance["command"] is not None:
                 found[stem] = record
                 break
     return found
-
-
-def _read(path: Path) -> Record | None:
-    return Record(**json.loads(path.read_text())) if path.is_file() else None
 
 
 def references() -> list[Record]:

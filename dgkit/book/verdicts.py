@@ -117,18 +117,18 @@ def _early() -> Iterator[Evidence]:
 
 
 def _sizes() -> Iterator[Evidence]:
-    """Whether all sizes of the ladder have a massive channel at equal steps."""
+    """Whether all sizes of the ladder have a massive channel at equal steps, in each training."""
     if len(ladder.measurements()) < 3:
         return
     sizes = ladder.sizes(ladder.history())
     massive = int((sizes["massive_blocks"] > 0).sum())
-    ratios = ", ".join(f"{size} {ratio:.1f}" for size, ratio in zip(sizes["size"], sizes["ratio"], strict=True))
+    ratios = ladder.ratios_of_sizes(sizes["size"], sizes["ratio"])
     yield Evidence(
         f"the largest channel exceeds {RATIO:g} times its block's median in every size",
         "01_layer_properties",
         "sizes of tiny-dit",
         _word(massive == len(sizes)),
-        f"in {massive} of {len(sizes)} sizes after {sizes['step'].iloc[0]:,} steps (ratios: {ratios})",
+        f"in {massive} of {len(sizes)} trainings after {sizes['step'].iloc[0]:,} steps: ratios {ratios}",
     )
 
 

@@ -1,4 +1,4 @@
-"""What the notebooks measure: a module per section of the paper, from a pipeline to plain numbers."""
+"""What the notebooks measure, from a pipeline to plain numbers: a module per section or question."""
 
 from dgkit.experiments.ablations import ablation_settings, cost_table, sweep, sweep_values, total_cost
 from dgkit.experiments.guidance import (

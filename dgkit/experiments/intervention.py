@@ -111,7 +111,7 @@ def summarise(effects: pd.DataFrame) -> dict[str, Interval]:
     """Mean over images with its interval (Wilson's for shares), as {"setting.column": Interval}."""
     columns = [c for c in effects.columns if c not in ("setting", "image")]
     return {
-        # the averaged draws of "random" are no share, and errors that are all 0, as the original's, are none either
+        # only agreement can be a share; errors that are all 0, as the original's, are not
         f"{setting}.{column}": (stats.mean if column == "agreement" else stats.bootstrap)(group[column].to_numpy())
         for setting, group in effects.groupby("setting", sort=False)
         for column in columns

@@ -1,13 +1,13 @@
-"""The recipes that train the shipped models."""
+"""The recipes that train the shipped models, and those of which only what was measured is kept."""
 
 import json
 import shutil
 import tomllib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from diffusers import AutoencoderKL
 
 from dgkit.errors import DgkitError
@@ -18,16 +18,18 @@ from dgkit.tiny.tiles import Tiles
 
 
 def train(name: str, folder: Path) -> None:
-    """Train the shipped model `name` from nothing and write it to `folder/model`.
+    """Train the model `name` from nothing and write it to `folder/model`.
 
-    `folder/model` receives the weights, the recipe (a TOML file) and `training.json` (data and, per network, steps,
-    seconds, loss and device). The other folders beside it are intermediate. A call with the folder of a run that was
-    killed goes on where that run was; finished stages are not repeated. Uses the GPU if there is one, otherwise as many
-    threads as torch is set to; either changes the rounding, hence the weights, but not the batches and their noise.
+    `folder/model` receives the weights, the recipe (a TOML file, and its base) and `training.json` (data and, per
+    network, steps, seconds, loss and device). The other folders beside it are intermediate. A call with the folder of a
+    run that was killed goes on where that run was; finished stages are not repeated. Uses the GPU if there is one,
+    otherwise as many threads as torch is set to; either changes the rounding, hence the weights, but not the batches
+    and their noise.
 
-    `tiny-sd3` and `tiny-flux` share the autoencoder in the folder `tile-autoencoder` beside theirs, and train it first
-    if it is not complete. `tiny-dit-s`, `-b`, `-l` and `-xl` (see `dgkit.tiny.ladder`) use that of the shipped
-    `tiny-dit`.
+    `tiny-sd3`, its variants (see `dgkit.tiny.variants`) and `tiny-flux` share the autoencoder in the folder
+    `tile-autoencoder` beside theirs, and train it first if it is not complete. `tiny-dit-s`, `-b`, `-l` and `-xl` (see
+    `dgkit.tiny.ladder`) use that of the shipped `tiny-dit`, and are trained once for each seed of their recipe; the
+    first training is the one written.
 
     Args:
         name: a key of `MODELS`.
@@ -40,12 +42,15 @@ def train(name: str, folder: Path) -> None:
     if name not in MODELS:
         raise DgkitError(f"name={name!r} is not allowed: use one of {', '.join(map(repr, MODELS))}")
     recipe = Path(__file__).parent / f"{name}.toml"
+    base = tomllib.loads(recipe.read_text()).get("base")
+    files = [recipe, *([recipe.with_name(base)] if base else [])]
     folder.mkdir(parents=True, exist_ok=True)
-    used = folder / recipe.name
-    if not used.exists():
-        shutil.copyfile(recipe, used)
-    if used.read_bytes() != recipe.read_bytes():
-        raise DgkitError(f"folder={str(folder)!r} is not allowed: it holds a run of another recipe than {recipe}")
+    for file in files:
+        used = folder / file.name
+        if not used.exists():
+            shutil.copyfile(file, used)
+        if used.read_bytes() != file.read_bytes():
+            raise DgkitError(f"folder={str(folder)!r} is not allowed: it holds a run of another recipe than {file}")
 
     def build(model: Path) -> None:
         MODELS[name].build(recipe, folder, model)
@@ -53,9 +58,10 @@ def train(name: str, folder: Path) -> None:
             facts = json.loads(config.read_text())
             if facts.pop("_name_or_path", None) is not None:
                 config.write_text(json.dumps(facts, indent=2) + "\n")
-        shutil.copy(recipe, model)
+        for file in files:
+            shutil.copy(file, model)
         networks = {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.glob("*/training.json"))}
-        if name in flow.FAMILIES:
+        if MODELS[name].build is _train_text_to_image:
             shared = folder.with_name(TILE_AUTOENCODER) / "model" / "training.json"
             networks = json.loads(shared.read_text())["networks"] | networks
         facts = {"model": name, "data": MODELS[name].data, "networks": networks}
@@ -80,8 +86,11 @@ def _train_dit(recipe_file: Path, folder: Path, model: Path) -> None:
 def _train_rung(recipe_file: Path, folder: Path, model: Path) -> None:
     recipe = dit.Recipe.read(recipe_file)
     vae = AutoencoderKL.from_pretrained(DATA / "models" / "tiny-dit" / "vae")
-    transformer = dit.train_transformer(recipe, vae, folder / "transformer")
-    dit.save_pipeline(vae, transformer, recipe.scheduler, model)
+    trained = []
+    for seed in recipe.seeds:
+        once = replace(recipe, transformer_schedule=replace(recipe.transformer_schedule, seed=seed))
+        trained.append(dit.train_transformer(once, vae, folder / f"transformer-{seed}"))
+    dit.save_pipeline(vae, trained[0], recipe.scheduler, model)
 
 
 def _train_classifier(recipe_file: Path, folder: Path, model: Path) -> None:
@@ -103,8 +112,7 @@ def _train_text_to_image(recipe_file: Path, folder: Path, model: Path) -> None:
     train(TILE_AUTOENCODER, folder.with_name(TILE_AUTOENCODER))
     vae = AutoencoderKL.from_pretrained(folder.with_name(TILE_AUTOENCODER) / "model")
     recipe, tiles = flow.Recipe.read(recipe_file), Tiles.load()
-    torch.manual_seed(recipe.schedule.seed)
-    network = flow.FAMILIES[recipe_file.stem](recipe, [str(caption) for caption in tiles.captions])
+    network = flow.build_model(recipe, tiles)
     flow.train_model(recipe, network, vae, tiles, folder / "transformer")
     flow.save_pipeline(network, vae, model)
 
@@ -136,6 +144,8 @@ MODELS: dict[str, Model] = {
     TILE_AUTOENCODER: Model(_train_tile_autoencoder, data.DUNGEON_TILES),
     "tiny-sd3": Model(_train_text_to_image, data.DUNGEON_TILES),
     "tiny-flux": Model(_train_text_to_image, data.DUNGEON_TILES),
+    "tiny-sd3-long": Model(_train_text_to_image, data.DUNGEON_TILES),
+    "tiny-sd3-wide": Model(_train_text_to_image, data.DUNGEON_TILES),
     "tiny-dit-s": Model(_train_rung, data.FASHION_MNIST),
     "tiny-dit-b": Model(_train_rung, data.FASHION_MNIST),
     "tiny-dit-l": Model(_train_rung, data.FASHION_MNIST),

@@ -1,7 +1,6 @@
 """The recipe of `tiny-dit`: a latent, class-conditional DiT (Peebles & Xie 2023) on Fashion-MNIST."""
 
 import json
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dgkit.tiny import data
-from dgkit.tiny.loop import Schedule, device, train
+from dgkit.tiny.loop import Schedule, device, read_toml, train
 
 NULL_CLASS = 1000  # DiTPipeline hard-codes it
 
@@ -29,31 +28,25 @@ class Recipe:
     label_dropout: float
     scheduler: dict[str, Any]
     snapshots: tuple[int, ...]
+    seeds: tuple[int, ...]
+    """One training of the transformer for each; the schedule's seed alone if the file names none."""
 
     @classmethod
     def read(cls, path: Path) -> "Recipe":
-        """The recipe in the TOML file `path`, which may say only how it differs from its `base`, a file beside it."""
-        raw = tomllib.loads(path.read_text())
-        if "base" in raw:
-            raw = _changed(tomllib.loads(path.with_name(raw["base"]).read_text()), raw)
+        """The recipe in the TOML file `path`, see `read_toml`."""
+        raw = read_toml(path)
+        schedule = Schedule(**raw["transformer"]["schedule"])
         return cls(
             autoencoder=raw["autoencoder"]["config"],
             autoencoder_schedule=Schedule(**raw["autoencoder"]["schedule"]),
             kl_weight=raw["autoencoder"]["kl_weight"],
             transformer=raw["transformer"]["config"],
-            transformer_schedule=Schedule(**raw["transformer"]["schedule"]),
+            transformer_schedule=schedule,
             label_dropout=raw["transformer"]["label_dropout"],
             scheduler=raw["scheduler"],
             snapshots=tuple(raw["transformer"]["snapshots"]),
+            seeds=tuple(raw["transformer"].get("seeds", [schedule.seed])),
         )
-
-
-def _changed(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """`base` with the values that `changes` names, table by table."""
-    return base | {
-        key: _changed(base[key], value) if isinstance(value, dict) and key in base else value
-        for key, value in changes.items()
-    }
 
 
 def to_rgb(images: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ latents, noise levels and tokens, as the class's pipeline would; the rest of thi
 """
 
 import json
-import tomllib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from torch.nn import functional as F
 
 from dgkit.tiny import text
 from dgkit.tiny.autoencoder import encode
-from dgkit.tiny.loop import Schedule, device, train
+from dgkit.tiny.loop import Schedule, device, read_toml, train
 from dgkit.tiny.tiles import Tiles
 
 TIMESTEPS = 1000
@@ -36,8 +35,13 @@ TIMESTEPS = 1000
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides the trained model, but for the autoencoder: the contents of a TOML file beside this module."""
+    """All that decides the trained model, but for the autoencoder: the contents of a TOML file beside this module.
 
+    Attributes:
+        family: a key of `FAMILIES`: the name of the file, or of its base.
+    """
+
+    family: str
     transformer: dict[str, Any]
     text_encoders: tuple[dict[str, Any], ...]
     schedule: Schedule
@@ -46,9 +50,10 @@ class Recipe:
 
     @classmethod
     def read(cls, path: Path) -> "Recipe":
-        """The recipe in the TOML file `path`."""
-        raw = tomllib.loads(path.read_text())
+        """The recipe in the TOML file `path`, see `read_toml`."""
+        raw = read_toml(path)
         return cls(
+            Path(raw.get("base", path)).stem,
             raw["transformer"],
             tuple(raw["text_encoders"]),
             Schedule(**raw["schedule"]),
@@ -178,13 +183,19 @@ class Flux(TextToImage):
 
 
 FAMILIES: dict[str, type[SD3] | type[Flux]] = {"tiny-sd3": SD3, "tiny-flux": Flux}
-"""The classes by the name of their recipe."""
+"""The classes by the name of the shipped model."""
 
 
 def noised(latents: Tensor, noise: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
     """Latents (B, C, h, w) on the straight line to `noise` at noise level `sigma` (B,), and the line's velocity."""
     level = sigma.view(-1, 1, 1, 1)
     return (1 - level) * latents + level * noise, noise - latents
+
+
+def build_model(recipe: Recipe, tiles: Tiles) -> TextToImage:
+    """The untrained model of a recipe; its tokenizers know the words of all captions."""
+    torch.manual_seed(recipe.schedule.seed)
+    return FAMILIES[recipe.family](recipe, [str(caption) for caption in tiles.captions])
 
 
 def train_model(recipe: Recipe, model: TextToImage, vae: AutoencoderKL, tiles: Tiles, folder: Path) -> TextToImage:

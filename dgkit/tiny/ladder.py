@@ -1,16 +1,17 @@
 """Do massive activations grow with training and with size? The ladder of `tiny-dit`s for Fig. 3(b) and (c).
 
-Four sizes in the proportions of DiT-S, -B, -L and -XL (Peebles & Xie 2023), all trained for as many steps; L is as
-large as the shipped `tiny-dit`. What was measured of each is in `data/ladder`; the weights are not kept. To train and
-measure them again:
+Four sizes in the proportions of DiT-S, -B, -L and -XL (Peebles & Xie 2023), all trained for as many steps, the two
+smallest from two seeds; L is as large as the shipped `tiny-dit`, but another training. What was measured is in
+`data/ladder`; the weights are not kept. To train and measure them again:
 
     for size in s b l xl; do dgkit tiny train tiny-dit-$size && dgkit tiny measure tiny-dit-$size; done
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import permutations
+from math import factorial
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,8 @@ def measure_rung(run: Path) -> dict[str, Any]:
         run: the training's folder, whose name is in `RUNGS`.
 
     Returns:
-        The contents of the JSON file: "recipe", "training", "history" (see `over_training`), "last" (see
-        `measure_last`), "samples".
+        The contents of the JSON file: "recipe"; "trainings", for each seed what it took and its "history" (see
+        `over_training`); of the first training "last" (see `measure_last`) and "samples".
 
     Raises:
         DgkitError: `run` has another name.
@@ -63,8 +64,8 @@ def measure_rung(run: Path) -> dict[str, Any]:
     name = run.name
     if name not in RUNGS:
         raise DgkitError(f"run={str(run)!r} is not allowed: a rung's folder is called {', '.join(RUNGS)}")
-    folder = finished(run)[0]
-    recipe = Recipe.read(Path(__file__).with_name(f"{name}.toml"))
+    folder, facts = finished(run)
+    recipe = Recipe.read(folder / f"{name}.toml")
     pipe = DiffusionPipeline.from_pretrained(folder).to(device())
     last, (images, samples) = measure_last(pipe), measure_samples(pipe)
     measured = {
@@ -75,8 +76,14 @@ def measure_rung(run: Path) -> dict[str, Any]:
             "label_dropout": recipe.label_dropout,
             "scheduler": recipe.scheduler,
         },
-        "training": json.loads((folder / "training.json").read_text())["networks"]["transformer"],
-        "history": over_training(pipe, run / "transformer"),
+        "trainings": [
+            {
+                "seed": seed,
+                **facts["networks"][f"transformer-{seed}"],
+                "history": over_training(pipe, run / f"transformer-{seed}"),
+            }
+            for seed in recipe.seeds
+        ],
         "last": last,
         "samples": samples,
         "device": str(device()),
@@ -200,15 +207,16 @@ def measurements() -> dict[str, dict[str, Any]]:
 
 
 def history() -> pd.DataFrame:
-    """Fig. 3(b) and (c): the largest channel of each block along training, for each size.
+    """Fig. 3(b) and (c): the largest channel of each block along each training of each size.
 
-    Columns: size, parameters, width, depth, step, block, ratio, low, high, dim.
+    Columns: size, parameters, width, depth, seed, step, block, ratio, low, high, dim.
     """
-    columns = ["size", "parameters", "width", "depth", "step", "block", "ratio", "low", "high", "dim"]
+    columns = ["size", "parameters", "width", "depth", "seed", "step", "block", "ratio", "low", "high", "dim"]
     rows = [
-        (*_shape(name, measured), snapshot["step"], block, *largest)
+        (*_shape(name, measured), training["seed"], snapshot["step"], block, *largest)
         for name, measured in measurements().items()
-        for snapshot in measured["history"]
+        for training in measured["trainings"]
+        for snapshot in training["history"]
         for block, largest in enumerate(zip(*(snapshot[key] for key in columns[-4:]), strict=True))
     ]
     return pd.DataFrame(rows, columns=columns)
@@ -221,22 +229,23 @@ def sizes(table: pd.DataFrame) -> pd.DataFrame:
         table: see `history`.
 
     Returns:
-        One row per size: that of the block with the largest ratio, and "massive_blocks", the share of its blocks whose
-        largest channel exceeds five times the median.
+        One row per size and training: that of the block with the largest ratio, and "massive_blocks", the share of its
+        blocks whose largest channel exceeds five times the median.
 
     Raises:
-        DgkitError: the sizes have no step in common.
+        DgkitError: the trainings have no step in common.
     """
-    steps = set.intersection(*table.groupby("size")["step"].agg(set)) if len(table) else set()
+    trainings = ["size", "seed"]
+    steps = set.intersection(*table.groupby(trainings)["step"].agg(set)) if len(table) else set()
     if not steps:
         raise DgkitError("the ladder's sizes have no training step in common: measure them with `dgkit tiny measure`")
-    rows = table[table["step"] == max(steps)].groupby("size", sort=False)
+    rows = table[table["step"] == max(steps)].groupby(trainings, sort=False)
     largest = table.loc[rows["ratio"].idxmax()].reset_index(drop=True)
     return largest.assign(massive_blocks=rows["ratio"].agg(lambda ratios: (ratios > 5).mean()).to_numpy())
 
 
 def rungs() -> pd.DataFrame:
-    """How good each size is at the end of its training, one row each.
+    """How good each size is at the end of its first training, one row each.
 
     Columns: size, parameters, width, depth, steps, loss (of the noise of test images), agreement (share of guided
     samples that the classifier assigns to their class), ratio, block and dim of the largest channel, token_share (the
@@ -251,7 +260,7 @@ def rungs() -> pd.DataFrame:
         rows.append(
             (
                 *_shape(name, measured),
-                measured["training"]["steps"],
+                measured["trainings"][0]["steps"],
                 last["loss"],
                 Interval(samples["agreement"], samples["low"], samples["high"]),
                 Interval(*(last[key][block] for key in ("ratio", "low", "high"))),
@@ -265,26 +274,31 @@ def rungs() -> pd.DataFrame:
 
 
 def values() -> dict[str, Any]:
-    """Do massive activations grow with size? The numbers at equal steps, for a result.
+    """Do massive activations grow with size? The numbers at equal steps, one per training, for a result.
 
-    "ladder.p" is the two-sided p-value of the rank correlation between parameters and largest ratio over all orders of
-    the ratios. Width and depth grow together and each size was trained once, so it speaks of this ladder only.
+    "ladder.rank_correlation" is that between the sizes' parameters and their largest ratios, means over a size's
+    trainings, which are no independent samples of size; "ladder.p" its two-sided p-value over all orders of the ratios,
+    and "ladder.smallest_p" the smallest that so few sizes can have. Width and depth grow together and one recipe
+    trained all, so it speaks of this ladder only.
 
     Raises:
         DgkitError: fewer than three sizes are measured, or they have no step in common.
     """
     table = sizes(history())
-    if len(table) < 3:
-        raise DgkitError(f"the ladder has {len(table)} measured sizes in {DATA / 'ladder'}: at least 3 are needed")
-    correlation, p = _rank_correlation(table["parameters"].to_numpy(), table["ratio"].to_numpy())
+    means = table.groupby("size", sort=False)[["parameters", "ratio"]].mean()
+    if len(means) < 3:
+        raise DgkitError(f"the ladder has {len(means)} measured sizes in {DATA / 'ladder'}: at least 3 are needed")
+    correlation, p = _rank_correlation(means["parameters"].to_numpy(), means["ratio"].to_numpy())
     return {
         "ladder.sizes": table["size"].tolist(),
+        "ladder.seeds": table["seed"].tolist(),
         "ladder.step": int(table["step"].iloc[0]),
         "ladder.parameters": table["parameters"].tolist(),
         "ladder.largest_ratio": table["ratio"].tolist(),
         "ladder.massive_blocks": table["massive_blocks"].tolist(),
         "ladder.rank_correlation": correlation,
         "ladder.p": p,
+        "ladder.smallest_p": 2 / factorial(len(means)),
     }
 
 
@@ -292,22 +306,31 @@ def sentence(v: Mapping[str, Any]) -> str:
     """`values` in words."""
     correlation, count = v["ladder.rank_correlation"], len(v["ladder.sizes"])
     grows = "do not grow" if correlation <= 0 else "grow" if correlation > 1 - 1e-9 else "do not grow steadily"
-    ratios = ", ".join(f"{ratio:.1f}" for ratio in v["ladder.largest_ratio"])
-    millions = ", ".join(f"{n / 1e6:.1f}" for n in v["ladder.parameters"])
+    ratios = ratios_of_sizes(v["ladder.sizes"], v["ladder.largest_ratio"])
+    millions = ", ".join(f"{n / 1e6:.1f}" for n in dict.fromkeys(v["ladder.parameters"]))
     massive = sum(share > 0 for share in v["ladder.massive_blocks"])
     return (
         f"After {v['ladder.step']:,} training steps, the largest channel is {ratios} times its block's median in "
-        f"models of {millions} million parameters, and above five times in {massive} of the {count}: in this ladder "
-        f"massive activations {grows} with size (rank correlation {correlation:.2f}; with {count} sizes, each trained "
-        f"once, p = {v['ladder.p']:.2f})."
+        f"models of {millions} million parameters, and above five times in {massive} of the {count} trainings: in this "
+        f"ladder massive activations {grows} with size (rank correlation of the sizes' means {correlation:.2f}, "
+        f"p = {v['ladder.p']:.2f}; as few sizes as these cannot have less than p = {v['ladder.smallest_p']:.2f})."
     )
+
+
+def ratios_of_sizes(names: Sequence[str], ratios: Sequence[float]) -> str:
+    """The ratio of each training, by size: "7.2 and 7.4 (S), 10.2 and 9.9 (B)"."""
+    by_size: dict[str, list[str]] = {}
+    for name, ratio in zip(names, ratios, strict=True):
+        by_size.setdefault(name, []).append(f"{ratio:.1f}")
+    return ", ".join(f"{' and '.join(found)} ({name})" for name, found in by_size.items())
 
 
 def _shape(name: str, measured: Mapping[str, Any]) -> tuple[str, int, int, int]:
     """Size, parameters, width and depth."""
     config = measured["recipe"]["transformer"]
     width = config["num_attention_heads"] * config["attention_head_dim"]
-    return name.removeprefix("tiny-dit-").upper(), measured["training"]["parameters"], width, config["num_layers"]
+    parameters = measured["trainings"][0]["parameters"]
+    return name.removeprefix("tiny-dit-").upper(), parameters, width, config["num_layers"]
 
 
 def _rank_correlation(x: NDArray[Any], y: NDArray[Any]) -> tuple[float, float]:

@@ -5,9 +5,11 @@ import json
 import math
 import os
 import time
+import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -23,7 +25,8 @@ class Schedule:
         batch: images per step.
         lr: peak learning rate of AdamW (no weight decay): linear warm-up, then cosine decay to a tenth.
         warmup: steps of the linear warm-up.
-        decay_steps: length of the cosine decay; a training shorter than it ends at a higher rate. 0: `steps`.
+        decay_steps: length of the cosine decay; a training shorter than it ends at a higher rate, a longer one repeats
+            the schedule, warm-up included (restarts as Loshchilov & Hutter 2017's). 0: `steps`.
         ema: decay of the exponential moving average of the weights; 0 keeps the last weights.
         seed: seed of the weights, and with the step number, of every batch and its noise.
     """
@@ -38,8 +41,24 @@ class Schedule:
 
     def lr_at(self, step: int) -> float:
         """Learning rate of zero-based `step`."""
-        ramp = min(1.0, (step + 1) / self.warmup)
-        return self.lr * ramp * (0.55 + 0.45 * math.cos(math.pi * min(1.0, step / (self.decay_steps or self.steps))))
+        length = self.decay_steps or self.steps
+        since_start = step % length
+        ramp = min(1.0, (since_start + 1) / self.warmup)
+        return self.lr * ramp * (0.55 + 0.45 * math.cos(math.pi * since_start / length))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The contents of a recipe's file, which may say only how it differs from its `base`, a whole one beside it."""
+    raw = tomllib.loads(path.read_text())
+    return _changed(tomllib.loads(path.with_name(raw["base"]).read_text()), raw) if "base" in raw else raw
+
+
+def _changed(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the values that `changes` names, table by table."""
+    return base | {
+        key: _changed(base[key], value) if isinstance(value, dict) and key in base else value
+        for key, value in changes.items()
+    }
 
 
 def device() -> torch.device:

@@ -166,6 +166,12 @@ def measure_classifier(run: Path) -> dict[str, Any]:
     return quality
 
 
+def _measure_variant(run: Path) -> dict[str, Any]:
+    from dgkit.tiny import variants
+
+    return variants.measure_variant(run)
+
+
 def _measure_rung(run: Path) -> dict[str, Any]:
     from dgkit.tiny import ladder  # which draws its sheets with this module
 
@@ -177,6 +183,7 @@ MEASURES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "fashion-classifier": measure_classifier,
     "tiny-sd3": text_quality.measure,
     "tiny-flux": text_quality.measure,
+    **dict.fromkeys(("tiny-sd3-long", "tiny-sd3-wide"), _measure_variant),
     "tile-matcher": text_quality.measure_matcher,
     **dict.fromkeys(("tiny-dit-s", "tiny-dit-b", "tiny-dit-l", "tiny-dit-xl"), _measure_rung),
 }

@@ -19,6 +19,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from dgkit.anatomy import pipeline_row
 from dgkit.figures import training_curve
@@ -85,8 +86,7 @@ def measure(run: Path) -> dict[str, Any]:
     of_held_out = [*map(str, captions_of(tiles, held_out=True))]
     prompts = [of_held_out[i % len(of_held_out)] for i in range(PROMPTS)]
     prompted = {scale: sample(prompts, range(PROMPT_SEED, PROMPT_SEED + PROMPTS), scale) for scale in (1.0, s)}
-    rows = np.random.default_rng(0).choice(len(known), min(COPIES, len(known)), replace=False)
-    asked = [str(known[row]) for row in rows]
+    asked = asked_for_copies(known)
     copies = sample(asked, range(COPY_SEED, COPY_SEED + len(asked)), s)
     memorisation, neighbours = search_for_copies(pipe.vae, tiles, copies, asked)
     calibration = calibrate_guidance(
@@ -120,7 +120,7 @@ def measure(run: Path) -> dict[str, Any]:
         "guidance_dims": calibration["dims"],
         "guidance_samples": len(asked[:CALIBRATION_SAMPLES]),
         "guidance": calibration["rows"],
-        "massive": massive_over_training(recipe, tiles, pipe.vae, name, run / "transformer"),
+        "massive": massive_over_training(recipe, tiles, pipe.vae, run / "transformer"),
         "loss": mean_losses(log, 8),
         "device": str(device()),
         "torch": torch.__version__,
@@ -161,6 +161,12 @@ def measure_matcher(run: Path) -> dict[str, Any]:
 def captions_of(tiles: Tiles, *, held_out: bool) -> list[Caption]:
     """The captions of the tiles that are held out, or of the others."""
     return [caption for caption, out in zip(tiles.captions, tiles.held_out, strict=True) if bool(out) == held_out]
+
+
+def asked_for_copies(known: Sequence[Caption]) -> list[str]:
+    """Captions of training tiles, drawn at random, whose samples are searched for copies."""
+    rows = np.random.default_rng(0).choice(len(known), min(COPIES, len(known)), replace=False)
+    return [str(known[row]) for row in rows]
 
 
 def scores_of_real(matcher: TileMatcher, tiles: Tiles, *, held_out: bool) -> dict[str, Any]:
@@ -273,24 +279,34 @@ def distance_facts(distances: Tensor) -> dict[str, Any]:
 
 
 def massive_over_training(
-    recipe: flow.Recipe, tiles: Tiles, vae: AutoencoderKL, name: str, snapshots: Path
+    recipe: flow.Recipe, tiles: Tiles, vae: AutoencoderKL, snapshots: Path
 ) -> list[dict[str, Any]]:
-    """The largest channel of each block at each training snapshot, for the image tokens of the same noised tiles.
-
-    The first 100 held-out tiles, encoded, each at ten noise levels 0.05, 0.15, ..., 0.95, under their own captions, as
-    that snapshot's text encoders read them.
+    """The largest channel of each block at each training snapshot, for the image tokens of `loss_on_tiles`.
 
     Returns:
         See `measuring.largest_channels`, whose errors it raises.
     """
-    network = flow.FAMILIES[name](recipe, [str(caption) for caption in tiles.captions]).to(vae.device).eval()
-    latents = encode(vae, tiles.pixels[tiles.held_out][:NOISED])
-    tokens = network.tokenize([*map(str, captions_of(tiles, held_out=True)[:NOISED])]).to(vae.device)
+    network = flow.build_model(recipe, tiles).to(vae.device).eval()
+    return largest_channels(
+        network, network.transformer, snapshots, lambda: loss_on_tiles(network, vae, tiles, held_out=True)
+    )
+
+
+@torch.no_grad()
+def loss_on_tiles(network: flow.TextToImage, vae: AutoencoderKL, tiles: Tiles, *, held_out: bool) -> float:
+    """Mean squared error of the velocity that `network` predicts, always for the same noised tiles.
+
+    100 tiles, encoded, each at ten noise levels 0.05, 0.15, ..., 0.95, under their own captions: the first that are
+    held out, or of the many others a random sample, since tiles of one kind follow one another.
+    """
+    rows = (tiles.held_out == held_out).nonzero()[:, 0].numpy()
+    chosen = rows[:NOISED] if held_out else np.random.default_rng(0).permutation(rows)[:NOISED]
+    latents = encode(vae, tiles.pixels[torch.from_numpy(chosen)])
+    tokens = network.tokenize([str(tiles.captions[row]) for row in chosen]).to(vae.device)
     noise = torch.randn((10, *latents.shape), generator=torch.Generator().manual_seed(0)).to(vae.device)
-
-    def passes() -> None:
-        for level, noise_at_level in enumerate(noise):
-            sigma = torch.full((len(latents),), 0.05 + level / 10, device=vae.device)
-            network(flow.noised(latents, noise_at_level, sigma)[0], sigma, tokens)
-
-    return largest_channels(network, network.transformer, snapshots, passes)
+    losses = []
+    for level, noise_at_level in enumerate(noise):
+        sigma = torch.full((len(latents),), 0.05 + level / 10, device=vae.device)
+        noisy, velocity = flow.noised(latents, noise_at_level, sigma)
+        losses.append(F.mse_loss(network(noisy, sigma, tokens), velocity))
+    return torch.stack(losses).mean().item()
