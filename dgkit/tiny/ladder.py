@@ -276,10 +276,10 @@ def rungs() -> pd.DataFrame:
 def values() -> dict[str, Any]:
     """Do massive activations grow with size? The numbers at equal steps, one per training, for a result.
 
-    "ladder.rank_correlation" is that between the sizes' parameters and their largest ratios, means over a size's
-    trainings, which are no independent samples of size; "ladder.p" its two-sided p-value over all orders of the ratios,
-    and "ladder.smallest_p" the smallest that so few sizes can have. Width and depth grow together and one recipe
-    trained all, so it speaks of this ladder only.
+    "ladder.largest_spread" is the most that trainings of one size differ. "ladder.rank_correlation" is that between the
+    sizes' parameters and their largest ratios, means over a size's trainings, which are no independent samples of size;
+    "ladder.p" its two-sided p-value over all orders of the ratios, and "ladder.smallest_p" the smallest that so few
+    sizes can have. Width and depth grow together and one recipe trained all, so it speaks of this ladder only.
 
     Raises:
         DgkitError: fewer than three sizes are measured, or they have no step in common.
@@ -295,6 +295,7 @@ def values() -> dict[str, Any]:
         "ladder.step": int(table["step"].iloc[0]),
         "ladder.parameters": table["parameters"].tolist(),
         "ladder.largest_ratio": table["ratio"].tolist(),
+        "ladder.largest_spread": float(table.groupby("size")["ratio"].agg(np.ptp).max()),
         "ladder.massive_blocks": table["massive_blocks"].tolist(),
         "ladder.rank_correlation": correlation,
         "ladder.p": p,
@@ -313,7 +314,8 @@ def sentence(v: Mapping[str, Any]) -> str:
         f"After {v['ladder.step']:,} training steps, the largest channel is {ratios} times its block's median in "
         f"models of {millions} million parameters, and above five times in {massive} of the {count} trainings: in this "
         f"ladder massive activations {grows} with size (rank correlation of the sizes' means {correlation:.2f}, "
-        f"p = {v['ladder.p']:.2f}; as few sizes as these cannot have less than p = {v['ladder.smallest_p']:.2f})."
+        f"p = {v['ladder.p']:.2f}; as few sizes as these cannot have less than p = {v['ladder.smallest_p']:.2f}), but "
+        f"trainings of one size differ by up to {v['ladder.largest_spread']:.1f}."
     )
 
 
