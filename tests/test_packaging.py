@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,16 @@ def test_constraints_are_plain_pins() -> None:
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     assert len(pins()) == len(lines)
     assert [line for line in lines if not re.fullmatch(r"[A-Za-z0-9._-]+==[0-9][A-Za-z0-9.]*", line)] == []
+
+
+def test_every_pin_installs_on_the_oldest_python() -> None:
+    """3.11.0, where the project asks for 3.11: systems keep the patch release that they began with."""
+    oldest = PROJECT["requires-python"].removeprefix(">=") + ".0"
+    installed = {canonicalize_name(found.metadata["Name"]): found for found in distributions()}
+    pinned = {name: installed[name] for name in pins() if name in installed}
+    assert len(pinned) > len(pins()) / 2
+    demands = {name: found.metadata["Requires-Python"] for name, found in pinned.items()}
+    assert {name: said for name, said in demands.items() if said and oldest not in SpecifierSet(said)} == {}
 
 
 def test_wheel_holds_the_package_and_its_data(tmp_path: Path) -> None:
