@@ -375,6 +375,13 @@ def test_the_p_value_is_exact(y: tuple[float, ...]) -> None:
     assert p == pytest.approx(expected)
 
 
+def test_equal_ratios_do_not_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_ladder(tmp_path, {name: {5: [6.0]} for name in ladder.RUNGS})
+    monkeypatch.setattr(ladder, "DATA", tmp_path)
+    assert "massive activations do not grow with size" in ladder.sentence(ladder.values())
+    assert ladder.values()["ladder.p"] == 1
+
+
 def test_an_unmeasured_ladder_is_empty_and_says_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ladder, "DATA", tmp_path)
     assert ladder.history().empty and ladder.rungs().empty

@@ -114,7 +114,7 @@ def test_measuring_an_unfinished_run_is_an_error(name: str, tmp_path: Path) -> N
 
 def test_only_what_has_a_measure_can_be_measured() -> None:
     assert quality.checked_name("tiny-flux") == "tiny-flux"
-    assert set(ladder.RUNGS) <= set(quality.MEASURES)
+    assert {*ladder.RUNGS, *variants.VARIANTS} <= set(quality.MEASURES)
     with pytest.raises(DgkitError, match="'sd3' is not allowed: use one of tiny-dit, .*tile-matcher"):
         quality.checked_name("sd3")
 

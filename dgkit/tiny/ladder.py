@@ -336,7 +336,12 @@ def _shape(name: str, measured: Mapping[str, Any]) -> tuple[str, int, int, int]:
 
 
 def _rank_correlation(x: NDArray[Any], y: NDArray[Any]) -> tuple[float, float]:
-    """Spearman's rank correlation and its exact two-sided p-value, over all orders of the (few) values."""
+    """Spearman's rank correlation and its exact two-sided p-value, over all orders of the (few) values.
+
+    No correlation, p = 1, where all y are equal.
+    """
+    if np.ptp(y) == 0:
+        return 0.0, 1.0
     observed = float(spearmanr(x, y).statistic)
     ranks = rankdata(x)
     orders = [np.corrcoef(ranks, order)[0, 1] for order in permutations(rankdata(y))]
