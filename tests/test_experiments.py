@@ -800,6 +800,17 @@ TABLE = pd.DataFrame(
 )
 
 
+def test_spectra_are_means_over_the_images_of_each_setting():
+    wave = 100 + 50 * np.cos(2 * np.pi * 7 * np.arange(28) / 28)  # a quarter of a cycle per pixel
+    images = np.broadcast_to(wave[None, None, :, None], (2, 28, 28, 3)).round().astype(np.uint8)
+    flat = np.full_like(images, 90)
+    frequencies, powers = experiments.spectra({"striped": images, "mixed": np.concatenate([images, flat])})
+    assert list(powers) == ["striped", "mixed"] and len(frequencies) == len(powers["striped"])
+    striped, mixed = powers["striped"][1:], powers["mixed"][1:]  # without the mean
+    assert frequencies[1 + striped.argmax()] == pytest.approx(0.25, abs=0.02)
+    assert mixed == pytest.approx(striped / 2, abs=1e-6 * striped.max())
+
+
 def test_table_6_values():
     values = experiments.table_6_values(TABLE.sample(frac=1, random_state=0))
     assert values["uncond.frechet"] == Interval(12, 10, 14) and values["uncond+DG.frechet"] == Interval(11, 8, 16)

@@ -31,6 +31,7 @@ from dgkit.experiments.intervention import (
     intervene,
     intervention_values,
     left_half,
+    spectra,
     summarise,
 )
 from dgkit.experiments.layers import layer_values, token_maps, training_history
@@ -52,6 +53,7 @@ __all__ = [
     "left_half",
     "intervene",
     "image_effects",
+    "spectra",
     "summarise",
     "contrast",
     "intervention_values",

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from dgkit import stats
 from dgkit.anatomy import Anatomy, dissect
@@ -14,7 +15,7 @@ from dgkit.errors import DgkitError
 from dgkit.experiments.sampling import Images, Samples, observe, side_of_square
 from dgkit.hooks import disrupt, make_edit
 from dgkit.metrics.judges import Judge
-from dgkit.metrics.spectrum import band_error, high_frequency_energy, sharpness
+from dgkit.metrics.spectrum import band_error, high_frequency_energy, radial_power_spectrum, sharpness
 from dgkit.stats import Interval
 
 
@@ -105,6 +106,13 @@ def image_effects(images: Mapping[str, Images], baseline: str, judge: Judge | No
             columns["agreement"] = judge.agreement(batch).astype(float)
         rows.append(pd.DataFrame(columns))
     return pd.concat(rows).groupby(["setting", "image"], sort=False).mean().reset_index()
+
+
+def spectra(images: Mapping[str, Images]) -> tuple[NDArray[np.float64], dict[str, NDArray[np.float64]]]:
+    """The spatial frequencies and, per setting, the power at each, mean over its images (`radial_power_spectrum`)."""
+    found = {name: radial_power_spectrum(batch) for name, batch in images.items()}
+    frequencies = next(iter(found.values()))[1]
+    return frequencies, {name: power.mean(0) for name, (power, _) in found.items()}
 
 
 def summarise(effects: pd.DataFrame) -> dict[str, Interval]:
