@@ -27,6 +27,7 @@ class Schedule:
         warmup: steps of the linear warm-up.
         decay_steps: length of the cosine decay; a training shorter than it ends at a higher rate, a longer one repeats
             the schedule, warm-up included (restarts as Loshchilov & Hutter 2017's). 0: `steps`.
+        beta2: decay of AdamW's second moments.
         ema: decay of the exponential moving average of the weights; 0 keeps the last weights.
         seed: seed of the weights, and with the step number, of every batch and its noise.
     """
@@ -36,6 +37,7 @@ class Schedule:
     lr: float
     warmup: int = 100
     decay_steps: int = 0
+    beta2: float = 0.999
     ema: float = 0.0
     seed: int = 0
 
@@ -84,7 +86,7 @@ def train(
     """
     folder.mkdir(parents=True, exist_ok=True)
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=schedule.lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=schedule.lr, betas=(0.9, schedule.beta2), weight_decay=0.0)
     checkpoint = folder / "checkpoint.safetensors"
     done = _restore(checkpoint, model, average, optimizer) if checkpoint.exists() else 0
     log = folder / "loss.csv"
