@@ -36,7 +36,7 @@ notebooks: $(ENVIRONMENT)
 	$(BIN)/dgkit results check
 
 test-book: $(ENVIRONMENT)
-	$(BIN)/pytest tests/rendered_book.py
+	$(BIN)/pytest tests/site/rendered_book.py
 
 pdf: $(ENVIRONMENT)
 	$(BIN)/jupyter-book build . --all -W -n --keep-going --builder singlehtml
@@ -47,7 +47,7 @@ bench: $(ENVIRONMENT)
 	$(BIN)/python -m benchmarks
 
 stress: $(ENVIRONMENT)
-	DGKIT_KILLS=20 $(BIN)/pytest tests/test_generate_cluster.py -k kills
+	DGKIT_KILLS=20 $(BIN)/pytest tests/dgbook/test_generate_cluster.py -k kills
 
 $(ENVIRONMENT): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

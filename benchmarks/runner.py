@@ -18,9 +18,9 @@ import numpy as np
 import pandas as pd
 
 from benchmarks.table import show
-from dgkit.generate.job import Job
-from dgkit.generate.run import run
-from dgkit.generate.store import Image, Store
+from dgbook.paper_scale.generate.job import Job
+from dgbook.paper_scale.generate.run import run
+from dgbook.paper_scale.generate.store import Image, Store
 
 ALLOWED = 0.95
 WORKERS, BLOCKS, BLOCK, SECONDS, SIDE = 2, 32, 8, 0.5, 256  # a batch takes a GPU at least as long

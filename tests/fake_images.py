@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from dgbook.paper_scale.generate.job import Job
+from dgbook.paper_scale.generate.run import run
+from dgbook.paper_scale.generate.store import Image, Store
 from dgkit.errors import DgkitError
-from dgkit.generate.job import Job
-from dgkit.generate.run import run
-from dgkit.generate.store import Image, Store
 
 SIZE = 8
 

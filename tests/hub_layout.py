@@ -7,7 +7,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 
-from dgkit.downloads import Published
+from dgbook.downloads import Published
 
 
 def isolate(monkeypatch: pytest.MonkeyPatch, home: Path) -> None:

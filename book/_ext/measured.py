@@ -1,4 +1,4 @@
-"""`{measured} NAME [ARGUMENT]`: a part of a page made from result files, anew at every build (`dgkit.book`)."""
+"""`{measured} NAME [ARGUMENT]`: a part of a page made from result files, anew at every build (`dgbook.pages`)."""
 
 from typing import Any
 
@@ -7,12 +7,12 @@ from docutils.statemachine import StringList
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from dgkit.book import measured
+from dgbook.pages import measured
 from dgkit.errors import DgkitError
 
 
 class Measured(SphinxDirective):
-    """Puts the MyST text of `dgkit.book.measured` in its place; what that cannot make is an error of the build."""
+    """Puts the MyST text of `dgbook.pages.measured` in its place; what that cannot make is an error of the build."""
 
     required_arguments = 1
     optional_arguments = 1

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from dgkit.errors import DgkitError
-from dgkit.generate import generate, own_conditions
 from dgkit.hooks import record
 from dgkit.massive import channel_ratio, detect_massive
+from dgkit.sampling import generate, own_conditions
 
 RATIO = 5.0  # a channel above this many medians of its block is called massive, as in `detect_massive`
 

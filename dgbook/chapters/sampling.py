@@ -1,0 +1,117 @@
+"""What a run samples, and on which block and dims it looks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import isqrt
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dgkit.errors import DgkitError
+from dgkit.hooks import Trace, record
+from dgkit.massive import detect_massive
+from dgkit.sampling import generate, own_conditions
+from dgkit.zoo import preset_of
+
+Images = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What one run samples: as many conditions as seeds, and how.
+
+    Attributes:
+        conditions: class ids or prompts.
+        seeds: one per condition.
+        steps: sampling steps.
+        guidance_scale: s of u + s (c - u); 1 for no CFG.
+        batch_size: images per call of the pipeline.
+    """
+
+    conditions: list[Any]
+    seeds: list[int]
+    steps: int
+    guidance_scale: float = 1.0
+    batch_size: int = 64
+
+    def images(self, pipe: Any, guidance_scale: float | None = None) -> Images:
+        """Generate them, (N, H, W, 3); `guidance_scale` overrides the run's own."""
+        scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        return generate(
+            pipe,
+            self.conditions,
+            self.seeds,
+            num_inference_steps=self.steps,
+            guidance_scale=scale,
+            batch_size=self.batch_size,
+        )
+
+    def first(self, count: int) -> "Samples":
+        """The same run with its first `count` images only."""
+        return replace(self, conditions=self.conditions[:count], seeds=self.seeds[:count])
+
+
+def samples(
+    pipe: Any,
+    count: int,
+    seed: int,
+    steps: int,
+    guidance_scale: float = 1.0,
+    batch_size: int = 64,
+    each: int = 1,
+) -> Samples:
+    """The first `count / each` of the model's own conditions (see `own_conditions`), as a whole `each` times over.
+
+    Raises:
+        DgkitError: `count` or `each` is not a positive integer, or `each` does not divide `count`.
+    """
+    for name, number in (("num_samples", count), ("images_per_condition", each)):
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise DgkitError(f"{name}={number!r} is not allowed: give an integer, 1 or above")
+    if count % each:
+        raise DgkitError(f"images_per_condition={each} is not allowed: give a divisor of num_samples={count}")
+    conditions = own_conditions(pipe, count // each) * each
+    return Samples(conditions, [seed * 1_000_000 + i for i in range(count)], steps, guidance_scale, batch_size)
+
+
+def condition_names(pipe: Any, conditions: Sequence[Any]) -> list[str]:
+    """A short name for each condition."""
+    by_id = {number: name for name, number in reversed(getattr(pipe, "labels", {}).items())}
+    return [str(by_id.get(c, c)) for c in conditions]
+
+
+def subject(trace: Trace, block: int | None, dims: Sequence[int] | None) -> tuple[int, list[int]]:
+    """The block and dims to study: as given, else the model's preset, else what the trace shows.
+
+    Without a preset, the block is a quarter of the way in (SD3's 6 of 24), and the dims are those massive in that
+    block, or its largest channel when none is.
+    """
+    preset = preset_of(trace.anatomy)
+    if block is None:
+        block = preset.block if preset and preset.block is not None else len(trace.anatomy.blocks) // 4
+    if dims is None:
+        found = detect_massive(trace).in_block(block) or detect_massive(trace, "top_k").in_block(block)
+        dims = preset.dims if preset and preset.dims else found
+    return trace.anatomy.block(block).index, trace.anatomy.dims(list(dims))
+
+
+def observe(
+    pipe: Any, run: Samples, *, ratio: float = 5.0, track: Sequence[int] = (), keep: Sequence[int] = ()
+) -> Trace:
+    """Sample `run` and return what `dgkit.record` saw; `ratio` is that of massive tokens."""
+    with record(pipe, ratio=ratio, track=track, keep=keep) as trace:
+        run.images(pipe)
+    return trace
+
+
+def side_of_square(tokens: int) -> int:
+    """How many image tokens a square image of `tokens` has along each side.
+
+    Raises:
+        DgkitError: they do not form a square.
+    """
+    side = isqrt(tokens)
+    if side * side != tokens:
+        raise DgkitError(f"{tokens} image tokens do not form a square: sample square images")
+    return side

@@ -1,0 +1,57 @@
+"""Section 4.1, Figure 4: timestep against text."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from dgbook.measures import stats
+from dgbook.measures.stats import Interval
+from dgkit.gates import gate_agreement
+from dgkit.hooks import Trace
+
+
+def timestep_shares(trace: Trace, conditions: Sequence[Any], block: int) -> dict[int, dict[str, Interval]]:
+    """For each tracked dim, the shares of the variance of its mean |z| that timestep, condition and noise explain.
+
+    "residual" is what moves differently along time from image to image. Where some condition has one image, or all
+    images have the same condition, condition and noise cannot be told apart and are one share, "condition and noise".
+    """
+    values = trace.tracked()[:, :, block].numpy()  # (timesteps, images, dims)
+    images_of = Counter(conditions)
+    labels = conditions if len(images_of) > 1 and min(images_of.values()) > 1 else None
+    sampled = isinstance(conditions[0], str)  # prompts are a sample of all prompts; classes are all there are
+    names = {"image": "condition and noise"} if labels is None else {"class": "condition", "image": "noise"}
+    return {
+        dim: {
+            names.get(part, part): share
+            for part, share in stats.variance_explained(values[:, :, i].T, labels, sampled_labels=sampled).items()
+        }
+        for i, dim in enumerate(trace.track)
+    }
+
+
+def timestep_values(trace: Trace, conditions: Sequence[Any], block: int) -> dict[str, Any]:
+    """What Fig. 4 shows, as numbers, for the first tracked dim: shares of variance, trend over time, gate agreement.
+
+    The condition's share is "share.condition" where conditions have several images; else there is only
+    "share.condition_and_noise", of both together. "trend" is mean |z| at the last step (least noise) over that at the
+    first, over images.
+    """
+    shares = timestep_shares(trace, conditions, block)[trace.track[0]]
+    tracked = trace.tracked()[:, :, block, 0].numpy()
+    gates = gate_agreement(trace)
+    return {
+        "dim": trace.track[0],
+        "share.timestep": shares["timestep"],
+        **(
+            {"share.condition": shares["condition"]}
+            if "condition" in shares
+            else {"share.condition_and_noise": shares["condition and noise"]}
+        ),
+        "trend": stats.bootstrap(tracked[-1] / tracked[0]),
+        "gates.count": len(gates),
+        "gates.same_largest": int(gates["same_largest"].sum()),
+        "gates.rank_correlation": float(gates["rank_correlation"].median()),
+        "timesteps": trace.timesteps(),
+        "magnitude_by_timestep": tracked.mean(1),
+    }

@@ -1,0 +1,1 @@
+"""What the paper claims and what was measured: results with their provenance, and verdicts."""

@@ -1,0 +1,1 @@
+"""What is measured on images: spectra, detail, judges and their networks, distances, statistics."""

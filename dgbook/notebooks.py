@@ -1,0 +1,222 @@
+"""Runs the book's notebooks through papermill: one with other parameters, or all in place for the book."""
+
+import ast
+import json
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import papermill
+from jupyter_client.kernelspec import NoSuchKernel
+from nbformat import NotebookNode
+from papermill.cli import _resolve_type as resolve_type
+from papermill.exceptions import PapermillExecutionError
+
+from dgbook.claims.results import safe_name
+from dgkit.errors import DgkitError
+from dgkit.paths import CHECKOUT, build_dir, results_dir
+
+NOTEBOOKS = {
+    "layer-properties": "01_layer_properties.ipynb",
+    "timestep-vs-text": "02_timestep_vs_text.ipynb",
+    "intervention": "03_intervention.ipynb",
+    "detail-guidance": "04_detail_guidance.ipynb",
+    "ablations": "05_ablations.ipynb",
+    "imagenet": "06_imagenet.ipynb",
+    "ambiguities": "07_ambiguities.ipynb",
+}
+"""Short names and files, in the book's order."""
+
+FOLDER: Path | None = CHECKOUT and CHECKOUT / "notebooks"
+
+
+# tqdm's complaint about widgets, which a page cannot show anyway
+_QUIET = "ignore:IProgress not found"
+
+
+def execute(name: str, parameters: dict[str, Any], output: Path | None = None, progress: bool = True) -> Path:
+    """Run a notebook with some parameters changed.
+
+    Args:
+        name: A key of `NOTEBOOKS`.
+        parameters: Values by name; the others keep the notebook's defaults.
+        output: Folder for the executed notebook and, in `<model>/`, its result file; None makes a new
+            `_build/runs/<name>-<model>-<number>`.
+        progress: Show a progress bar where standard error is a terminal.
+
+    Returns:
+        The output folder.
+
+    Raises:
+        DgkitError: `name` or a parameter is unknown, or a cell of the notebook raised; the notebook up to that cell is
+            then left in `output`.
+    """
+    source = _source(name)
+    known = papermill.inspect_notebook(_literal(source))
+    unknown = [key for key in parameters if key not in known]
+    if unknown:
+        raise DgkitError(f"notebook {name!r} has no parameter {', '.join(unknown)}: it has {', '.join(known)}")
+    if output is None:
+        model = parameters["model"] if "model" in parameters else _default_model(source)
+        runs = build_dir() / "runs"
+        candidates = (runs / f"{name}-{safe_name(model)}-{number}" for number in count(1))
+        output = next(folder for folder in candidates if not folder.exists())
+    output.mkdir(parents=True, exist_ok=True)
+    options = "".join(f" -p {shlex.quote(f'{key}={_shown(value)}')}" for key, value in parameters.items())
+    target = output / source.name
+    with _environment(
+        DGKIT_RESULTS_DIR=str(output.absolute()), DGKIT_COMMAND=f"dgkit run {name}{options}", PYTHONWARNINGS=_QUIET
+    ):
+        try:
+            notebook = papermill.execute_notebook(
+                _literal(source),
+                _literal(target),
+                parameters,
+                kernel_name="python3",
+                progress_bar=progress and sys.stderr.isatty(),
+            )
+        except NoSuchKernel as error:
+            raise DgkitError('Jupyter has no kernel "python3": pip install "dgkit[book]"') from error
+        except PapermillExecutionError as error:
+            raise DgkitError(
+                f"notebook {name!r} stopped in cell {error.exec_count}: {error.ename}: {error.evalue} (see {target})"
+            ) from error
+    _write(_scrubbed(notebook), target)
+    return output
+
+
+def execute_all(progress: bool = True) -> None:
+    """Run every notebook with its default parameters and put the outputs back into it, for the book.
+
+    The result files go to `results_dir()`. A notebook that fails leaves its file and its results untouched.
+
+    Raises:
+        DgkitError: a cell raised, or a notebook wrote no result file.
+    """
+    target = results_dir()
+    target.mkdir(parents=True, exist_ok=True)
+    for name in NOTEBOOKS:
+        source = _source(name)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            run = execute(name, {}, Path(folder), progress)
+            results = sorted(run.glob("*/*.json"))
+            if not results:
+                raise DgkitError(f"notebook {name!r} wrote no result file")
+            for result in results:
+                destination = target / result.relative_to(run)
+                destination.parent.mkdir(exist_ok=True)
+                os.replace(result, destination)
+            partial = source.with_name(f".{source.name}.partial")
+            shutil.copyfile(run / source.name, partial)  # the run may lie on another file system
+            os.replace(partial, source)
+
+
+def parse_parameter(text: str) -> tuple[str, Any]:
+    """Name and value of "name=value": the value as papermill's `-p` reads it, and besides a JSON list in brackets.
+
+    Raises:
+        DgkitError: there is no name or no "=", or the list is not JSON.
+    """
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise DgkitError(f"-p {text} is not allowed: use -p name=value")
+    if not value.startswith("["):
+        return name, resolve_type(value)
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError as error:
+        raise DgkitError(f"-p {text} is not allowed: a value in brackets is a JSON list ({error})") from error
+
+
+def reference_parameters(name: str, model: str | None = None) -> dict[str, Any]:
+    """The parameters of a notebook's reference run, from `notebooks/reference.toml`.
+
+    Args:
+        name: A key of `NOTEBOOKS`.
+        model: The model it runs on, the notebook's default if None; the table [name.model] is laid over [name].
+
+    Raises:
+        DgkitError: `name` is unknown or the file has no such table.
+    """
+    path = _source(name).with_name("reference.toml")
+    table = tomllib.loads(path.read_text())
+    if name not in table:
+        raise DgkitError(f"{path} has no table [{name}]")
+    own = table[name].get(model or _default_model(path.with_name(NOTEBOOKS[name])), {})
+    return {key: value for key, value in table[name].items() if not isinstance(value, dict)} | own
+
+
+def default_model(name: str) -> str:
+    """The model that a notebook runs on unless told otherwise.
+
+    Raises:
+        DgkitError: `name` is unknown.
+    """
+    return _default_model(_source(name))
+
+
+def _default_model(source: Path) -> str:
+    return ast.literal_eval(papermill.inspect_notebook(_literal(source))["model"]["default"])
+
+
+def _source(name: str) -> Path:
+    if name not in NOTEBOOKS:
+        raise DgkitError(f"notebook {name!r} is unknown: use one of {', '.join(NOTEBOOKS)}")
+    if FOLDER is None:
+        raise DgkitError("the notebooks are not part of the installed package: run dgkit from a checkout")
+    path = FOLDER / NOTEBOOKS[name]
+    if not path.is_file():
+        raise DgkitError(f"notebook {name!r} is missing: {path}")
+    return path
+
+
+def _literal(path: Path) -> str:
+    """A path for papermill, which fills braces in paths with parameters."""
+    return str(path.absolute()).replace("{", "{{").replace("}", "}}")
+
+
+def _shown(value: Any) -> str:
+    """A value as `parse_parameter` reads it."""
+    return json.dumps(value) if isinstance(value, list) else str(value)
+
+
+@contextmanager
+def _environment(**variables: str) -> Iterator[None]:
+    """Set environment variables, which the kernel inherits."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _scrubbed(notebook: NotebookNode) -> NotebookNode:
+    """The notebook without what differs from run to run and machine to machine: times, paths, Python's version."""
+    notebook.metadata.pop("papermill", None)
+    notebook.metadata.get("language_info", {}).pop("version", None)
+    for cell in notebook.cells:
+        for key in ("papermill", "execution"):
+            cell.metadata.pop(key, None)
+        if not cell.metadata.get("tags", True):
+            del cell.metadata["tags"]  # papermill gives every cell an empty list
+    return notebook
+
+
+def _write(notebook: NotebookNode, path: Path) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    nbformat.write(notebook, partial)
+    os.replace(partial, path)

@@ -1,0 +1,64 @@
+"""A finished run in the format of guided-diffusion's evaluator."""
+
+import os
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from dgbook.paper_scale.generate.store import Store, full_disk, partial, publish
+from dgkit.errors import DgkitError
+
+
+def export_npz(folder: Path, path: Path) -> Path:
+    """Write the images of a finished run as guided-diffusion's evaluator reads them, and return `path`.
+
+    `arr_0` are the images, uint8 (N, H, W, 3), in the order of the indices; `arr_1` the class ids, int64 (N,), if the
+    conditions are classes. One block at a time is in memory; the bytes depend on the images and classes alone.
+
+    Args:
+        folder: of the run.
+        path: `.npz`; replaced if it is there.
+
+    Raises:
+        DataError: images are missing, or a shard is damaged.
+        DgkitError: `path` is not an `.npz`, its folder is not there, the disk is full, or the images differ in size.
+    """
+    path, store = Path(path), Store(folder)
+    job = store.job
+    if path.suffix != ".npz" or not path.parent.is_dir():
+        raise DgkitError(f"path={str(path)!r} is not allowed: give a file .npz in a folder that exists")
+    temporary = partial(path)
+    try:
+        with open(temporary, "wb") as file:
+            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+                _write_images(store, archive)
+                if isinstance(job.conditions[0], int):
+                    labels = np.array([job.condition(i) for i in range(job.count)], np.int64)
+                    with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as entry:
+                        np.lib.format.write_array(entry, labels)
+            file.flush()
+            os.fsync(file.fileno())
+        publish(temporary, path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and (full := full_disk(error, path)):
+            raise full from error
+        raise
+    return path
+
+
+def _write_images(store: Store, archive: zipfile.ZipFile) -> None:
+    size: tuple[int, ...] = ()
+    # a ZipInfo of its own has no time of day in it
+    with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as entry:
+        for shard in store.shards():
+            for index in sorted(shard.images):
+                image = shard.images[index]
+                if not size:
+                    size = image.shape
+                    header = {"descr": "|u1", "fortran_order": False, "shape": (store.job.count, *size)}
+                    np.lib.format.write_array_header_1_0(entry, header)
+                if image.shape != size:
+                    raise DgkitError(f"image {index} is {image.shape}, the first {size}: an npz holds one size")
+                entry.write(image.tobytes())

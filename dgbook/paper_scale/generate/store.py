@@ -1,0 +1,310 @@
+"""The folder of a run. All that is in it under a final name is whole: files are written beside it and then renamed.
+
+manifest.json            the job
+model.json               hashes of the weights and what the methods resolved to, by the first worker that knew
+shards/000123.safetensors   images and indices of one block, provenance, checksum
+failures/000123.json     what of a block could not be made, and why
+"""
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load, save
+
+from dgbook.paper_scale.generate.job import Job, canonical
+from dgkit.errors import DataError, DgkitError
+
+logger = logging.getLogger(__name__)
+
+Image = NDArray[np.uint8]
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The images of one block that are there, by index, and how they were made."""
+
+    images: dict[int, Image]
+    provenance: dict[str, Any]
+
+
+class Store:
+    """The folder of one job.
+
+    Args:
+        folder: it needs a manifest; see `create`.
+
+    Raises:
+        DataError: it has none, or one that is no job's.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        path = self.folder / "manifest.json"
+        try:
+            values = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise DataError(f"{folder} is not the folder of a run: {path.name}: {error}") from error
+        if not isinstance(values, dict):
+            raise DataError(f"{folder} is not the folder of a run: {path.name} is no job")
+        self.job = Job.from_dict(values)
+
+    @classmethod
+    def create(cls, folder: Path, job: Job) -> "Store":
+        """The folder of `job`, new or as it was left.
+
+        Raises:
+            DgkitError: the folder is another job's, or cannot be written.
+        """
+        folder = Path(folder)
+        try:
+            (folder / "shards").mkdir(parents=True, exist_ok=True)
+            (folder / "failures").mkdir(exist_ok=True)
+        except OSError as error:
+            raise DgkitError(f"{folder} cannot be written: {error.strerror}") from error
+        _write_once(folder / "manifest.json", json.dumps(job.to_dict(), indent=1, ensure_ascii=False).encode())
+        store = cls(folder)
+        if found := job.differences(store.job):
+            raise DgkitError(f"{folder} belongs to another job: {'; '.join(found)}. Give another folder")
+        return store
+
+    def pin(self, identity: Mapping[str, Any]) -> None:
+        """Keep what the model is (weights, methods), or check that it is what made the images that are there.
+
+        Raises:
+            DgkitError: it is another, with the parts that differ.
+        """
+        mine = json.loads(json.dumps(dict(identity)))
+        path = self.folder / "model.json"
+        _write_once(path, json.dumps(mine, indent=1).encode())
+        there = json.loads(path.read_text())
+        parts = [name for name in sorted({*mine, *there}) if canonical(mine.get(name)) != canonical(there.get(name))]
+        if parts:
+            raise DgkitError(
+                f"{self.folder} holds images of another model: {', '.join(parts)} differ. Give another folder"
+            )
+
+    # ---- one block
+
+    def write(self, block: int, shard: Shard) -> None:
+        """Keep the images of a block in place of those that are there.
+
+        Raises:
+            DgkitError: the disk is full; the shard is as it was.
+        """
+        indices = sorted(shard.images)
+        arrays: dict[str, NDArray[Any]] = {
+            # safetensors writes the memory as it lies, and pipelines give views of (C, H, W)
+            "images": np.ascontiguousarray(np.stack([shard.images[i] for i in indices])),
+            "indices": np.array(indices, np.int64),
+        }
+        provenance = json.dumps(shard.provenance)
+        metadata = {"provenance": provenance, "sha256": _checksum(arrays, provenance)}
+        _write(self._shard(block), save(arrays, metadata))
+
+    def read(self, block: int) -> Shard | None:
+        """The images of a block; None if there are none.
+
+        Raises:
+            DataError: the file is damaged: cut short, altered, or of other indices.
+        """
+        path = self._shard(block)
+        try:
+            content = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:  # a failing disk
+            raise DataError(f"{path} cannot be read: {error.strerror}") from error
+        try:
+            arrays = load(content)
+            # safetensors reads metadata from a path only, and maps the file: a failing disk would end the process
+            header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
+            images, indices = arrays["images"], arrays["indices"].tolist()
+            whole = header["sha256"] == _checksum(arrays, header["provenance"])
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path} is damaged: {error}") from error
+        if not whole or not set(indices) <= set(self.job.block(block)):
+            raise DataError(f"{path} is damaged: its checksum does not fit")
+        return Shard(dict(zip(indices, images, strict=True)), json.loads(header["provenance"]))
+
+    def intact(self, block: int) -> Shard | None:
+        """As `read`, but a damaged shard counts as none, with a warning."""
+        try:
+            return self.read(block)
+        except DataError as error:
+            logger.warning("%s: its images are made again", error)
+            return None
+
+    def missing(self, block: int) -> list[int]:
+        """The indices of a block that have no intact image."""
+        shard = self.intact(block)
+        return [i for i in self.job.block(block) if shard is None or i not in shard.images]
+
+    def fail(self, block: int, reasons: Mapping[int, str]) -> None:
+        """Keep why images of a block could not be made, in place of what was kept before; nothing if none failed."""
+        path = self.folder / "failures" / f"{block:06d}.json"
+        if reasons:
+            _write(path, json.dumps({str(i): reason for i, reason in sorted(reasons.items())}, indent=1).encode())
+        else:
+            path.unlink(missing_ok=True)
+
+    # ---- the whole
+
+    def failures(self) -> dict[int, str]:
+        """Why images could not be made, by index."""
+        found: dict[int, str] = {}
+        for path in sorted((self.folder / "failures").glob("[0-9]*.json")):
+            try:
+                found |= {int(index): reason for index, reason in json.loads(path.read_text()).items()}
+            except FileNotFoundError:  # another worker has just made them
+                continue
+        return found
+
+    def count(self) -> int:
+        """How many images there are, by the headers of the shards alone: damage within them is not noticed."""
+        total = 0
+        for path in (self.folder / "shards").glob("[0-9]*.safetensors"):
+            try:
+                with safe_open(path, framework="numpy") as shard:
+                    total += shard.get_slice("indices").get_shape()[0]
+            except (SafetensorError, OSError):
+                continue
+        return total
+
+    def provenance(self) -> Iterator[dict[str, Any]]:
+        """How each shard that is there was made, by the headers alone."""
+        for path in sorted((self.folder / "shards").glob("[0-9]*.safetensors")):
+            with safe_open(path, framework="numpy") as shard:
+                yield json.loads(shard.metadata()["provenance"])
+
+    def shards(self) -> Iterator[Shard]:
+        """All blocks in their order.
+
+        Raises:
+            DataError: images are missing, with how many; or a shard is damaged.
+        """
+        there = self.count()
+        if there != self.job.count:
+            failed = len(self.failures())
+            why = f" ({failed} failed, see its folder failures)" if failed else ""
+            raise DataError(
+                f"{self.folder} lacks {self.job.count - there} of {self.job.count} images{why}: generate them first"
+            )
+        for block in range(self.job.blocks):
+            shard = self.read(block)
+            if shard is None or len(shard.images) != len(self.job.block(block)):
+                raise DataError(f"{self.folder} lacks images of block {block}: generate them first")
+            yield shard
+
+    def tidy(self) -> None:
+        """Remove what killed workers were writing; only when nothing is left to make."""
+        for path in self.folder.rglob(".*.partial"):
+            path.unlink(missing_ok=True)
+
+    def _shard(self, block: int) -> Path:
+        return self.folder / "shards" / f"{block:06d}.safetensors"
+
+
+def images(folder: Path) -> Iterator[tuple[int, Image]]:
+    """(index, image (H, W, 3)) of a finished run in the order of the indices, with one block at a time in memory.
+
+    Raises:
+        DataError: images are missing, with how many; or a shard is damaged.
+    """
+    for shard in Store(folder).shards():
+        yield from sorted(shard.images.items())
+
+
+def load_images(folder: Path) -> Image:
+    """All images (N, H, W, 3) of a finished run in the order of the indices.
+
+    Raises:
+        DataError: images are missing, with how many; or a shard is damaged.
+    """
+    count = Store(folder).job.count
+    whole: Image | None = None
+    for index, image in images(folder):
+        if whole is None:
+            whole = np.empty((count, *image.shape), np.uint8)
+        whole[index] = image
+    assert whole is not None, "a job has at least one image"
+    return whole
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+def _checksum(arrays: Mapping[str, NDArray[Any]], provenance: str) -> str:
+    digest = hashlib.sha256(provenance.encode())
+    for name in ("indices", "images"):
+        array = arrays[name]
+        digest.update(f"{array.dtype} {array.shape}\n".encode())
+        digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def partial(path: Path) -> Path:
+    """A name beside `path` that no other process uses."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
+
+
+def publish(temporary: Path, path: Path, *, once: bool = False) -> None:
+    """Give a file that is written its final name, for good: it outlives a crash of the machine.
+
+    With `once` a file that has the name already stays.
+    """
+    if once:
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without hard links
+            os.replace(temporary, path)
+        temporary.unlink(missing_ok=True)
+    else:
+        os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    except OSError:  # some network file systems cannot
+        pass
+    finally:
+        os.close(folder)
+
+
+def full_disk(error: OSError, path: Path) -> DgkitError | None:
+    """The sentence for an error that means a full disk."""
+    if error.errno not in _FULL:
+        return None
+    return DgkitError(f"{path.parent} is full ({error.strerror}): make room, then run the same command to go on")
+
+
+def _write(path: Path, content: bytes, *, once: bool = False) -> None:
+    temporary = partial(path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        publish(temporary, path, once=once)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        if full := full_disk(error, path):
+            raise full from error
+        raise
+
+
+def _write_once(path: Path, content: bytes) -> None:
+    if not path.exists():
+        _write(path, content, once=True)

@@ -1,0 +1,191 @@
+"""Prompt sets by name, checked against their published size and content.
+
+| name | prompts | from |
+|---|---|---|
+| pickapic | 500 | Pick-a-Pic v1, split `test_unique` (Kirstain et al. 2023) |
+| hpsv2.1 | 4 x 800 | the benchmark of HPSv2 (Wu et al. 2023): anime, concept-art, paintings, photo |
+| parti | 1,632 | PartiPrompts (Yu et al. 2022) |
+| imagenet | 50,000 | the 1,000 classes in turn, 50 times each |
+| offline, dungeon-tiles | 24, 1,000 | written by this project, shipped in `data/prompts` |
+
+Files that are not shipped are found or downloaded as `dgbook.downloads` says.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dgbook.downloads import Published, check_first_use, fetch
+from dgkit.errors import DataError, DgkitError
+from dgkit.paths import DATA
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt of a set.
+
+    Attributes:
+        index: position in the set, which also names its image.
+        text: the prompt as published, or "class 207".
+        category: the set's own grouping, "" if it has none.
+        label: class id for class-conditional models.
+    """
+
+    index: int
+    text: str
+    category: str = ""
+    label: int | None = None
+
+    @property
+    def condition(self) -> str | int:
+        """What `generate` takes."""
+        return self.text if self.label is None else self.label
+
+
+HPS_STYLES = ("anime", "concept-art", "paintings", "photo")
+HPS_PER_STYLE = 800
+PARTI_PROMPTS = 1_632
+PICKAPIC_PROMPTS = 500
+IMAGENET_CLASSES = 1_000
+IMAGENET_IMAGES = 50_000
+
+PICKAPIC = "yuvalkirstain/pickapic_v1_no_images"
+
+# stated by another project that checks these four files at this commit
+_HPS_SHA256 = (
+    "6b38a479cc6f899866e9b7a8bf91f096b4afc6883b95275a61891327182b14ae",
+    "530d057deafcb82c581e9d1be2ffcb98828fe99f0b54257414d2ab8a5cf2b83e",
+    "6570d39467e08b24b64e5b8a4177b0f61c525631121dc5a91fe2ab956eab4d5f",
+    "92a3c9a0f743f66eb87bd112cdda830d6bdb4c073c86021d53b74001fcb18052",
+)
+HPS_FILES: dict[str, Published] = {
+    style: Published(
+        files=(f"benchmark/{style}.json",), licence="Apache-2.0 (HPSv2)", gigabytes=0.0001, sha256=sha256, dataset=True,
+        hub="zhwang/HPDv2", revision="b9517430f34b1080d4f741118d2a440155a165cd",
+    )
+    for style, sha256 in zip(HPS_STYLES, _HPS_SHA256, strict=True)
+}  # fmt: skip
+
+PARTI_FILE = Published(
+    files=("PartiPrompts.tsv",), licence="Apache-2.0", gigabytes=0.0001,
+    sha256="fab29e41bb512a169b56acab4cf2a41dcb675e285df2efcde6640c7dd3c440eb",  # computed from the file at this commit
+    url="https://raw.githubusercontent.com/google-research/parti/5a657978134374ce28973948331b319adef164bd/"
+        "PartiPrompts.tsv",
+)  # fmt: skip
+
+
+def load(name: str) -> list[Prompt]:
+    """All prompts of a set, in its own order.
+
+    "imagenet" gives image i the class i % 1000, so that any multiple of 1,000 images is balanced and a class does not
+    depend on the number of workers. (DiT's own `sample_ddp.py` draws classes at random: 50 +- 7 images per class.)
+
+    Raises:
+        DgkitError: unknown name.
+        DataError: the set is neither here nor to be downloaded, or not the published one.
+    """
+    if name not in SETS:
+        raise DgkitError(f"prompts={name!r} is not a known set: use one of {', '.join(SETS)}")
+    return SETS[name]()
+
+
+def fingerprint(prompts: Sequence[Prompt]) -> str:
+    """SHA-256 of the set's texts and categories in order, for the manifest of a run."""
+    lines = json.dumps([[prompt.text, prompt.category] for prompt in prompts], ensure_ascii=False)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _shipped(name: str) -> list[Prompt]:
+    lines = (DATA / "prompts" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+    return [Prompt(i, line) for i, line in enumerate(lines)]
+
+
+def _imagenet() -> list[Prompt]:
+    labels = (i % IMAGENET_CLASSES for i in range(IMAGENET_IMAGES))
+    return [Prompt(i, f"class {label}", "", label) for i, label in enumerate(labels)]
+
+
+def _parti() -> list[Prompt]:
+    path = fetch(PARTI_FILE).path
+    header, *lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+    rows = [line.split("\t") for line in lines]  # quotation marks are part of the prompts, so no CSV dialect
+    if header.split("\t")[:2] != ["Prompt", "Category"] or any(len(row) < 2 for row in rows):
+        raise DataError(f"{path} is not a table with the columns Prompt and Category")
+    return _counted([Prompt(i, row[0], row[1]) for i, row in enumerate(rows)], PARTI_PROMPTS, path)
+
+
+def _hps() -> list[Prompt]:
+    prompts: list[Prompt] = []
+    for style, item in HPS_FILES.items():
+        path = fetch(item).path
+        texts = _list_of_texts(path)
+        prompts += [Prompt(len(prompts) + i, text, style) for i, text in enumerate(texts)]
+        _counted(prompts[-len(texts) :], HPS_PER_STYLE, path)
+    return prompts
+
+
+def _list_of_texts(path: Path) -> list[str]:
+    try:
+        texts = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON: {error}") from error
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        raise DataError(f"{path} is not a list of prompts")
+    return texts
+
+
+def _pickapic() -> list[Prompt]:
+    """No source states a commit or a hash: the first download's captions are noted, and later ones must agree."""
+    folder = _pickapic_folder()
+    files = sorted(folder.rglob("*test_unique*.parquet"))
+    if not files:
+        raise DataError(f"{PICKAPIC} has no file *test_unique*.parquet in {folder}")
+    texts = [text for file in files for text in _captions(file)]
+    prompts = _counted([Prompt(i, text) for i, text in enumerate(texts)], PICKAPIC_PROMPTS, folder)
+    check_first_use("pickapic-test-unique", fingerprint(prompts))
+    return prompts
+
+
+def _pickapic_folder() -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(PICKAPIC, repo_type="dataset", allow_patterns="*test_unique*.parquet"))
+    except Exception as error:  # the hub has no common base of its errors
+        raise DataError(
+            f"{PICKAPIC} is not on this machine and could not be downloaded ({type(error).__name__}). On a machine "
+            f"with a network: hf download {PICKAPIC} --repo-type dataset --include '*test_unique*.parquet'"
+        ) from error
+
+
+def _captions(path: Path) -> list[str]:
+    import pandas as pd
+
+    try:
+        return pd.read_parquet(path, columns=["caption"])["caption"].tolist()
+    except ImportError as error:
+        raise DataError(f'{path.name} needs pyarrow to be read: pip install "dgkit[scores]"') from error
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{path} has no column caption: {error}") from error
+
+
+def _counted(prompts: list[Prompt], count: int, path: Path) -> list[Prompt]:
+    if len(prompts) != count:
+        raise DataError(f"{path} has {len(prompts)} prompts, {count} were published")
+    empty = [prompt.index for prompt in prompts if not isinstance(prompt.text, str) or not prompt.text.strip()]
+    if empty:
+        raise DataError(f"{path}: prompt {empty[0]} is empty")
+    return prompts
+
+
+SETS: dict[str, Callable[[], list[Prompt]]] = {
+    "pickapic": _pickapic,
+    "hpsv2.1": _hps,
+    "parti": _parti,
+    "imagenet": _imagenet,
+    "offline": lambda: _shipped("offline"),
+    "dungeon-tiles": lambda: _shipped("dungeon-tiles"),
+}
+"""The sets by name."""

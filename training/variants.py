@@ -1,0 +1,103 @@
+"""Would `tiny-sd3` have larger massive activations after a longer training, or if it were wider?
+
+Two trainings beside its own: `tiny-sd3-long` repeats its schedule from where it ended (its first half is `tiny-sd3`, to
+the bit), `tiny-sd3-wide` has a third more channels. What was measured of them is in `data/ladder`; the weights are not
+kept. To train and measure them again, and to repeat the reference runs on the longer trained:
+
+    for name in tiny-sd3-long tiny-sd3-wide; do python -m training train $name && python -m training measure $name; done
+    cp -r _build/training/tiny-sd3-long/model tiny-sd3-long
+    for name in layer-properties intervention detail-guidance; do
+        dgkit run $name --model ./tiny-sd3-long --reference
+    done
+    cp -r _build/reference/tiny-sd3-long data/ladder
+"""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+
+from dgbook.measures.matcher import load_matcher, matching_score
+from dgbook.pages.variants import FOLDER, SHIPPED, VARIANTS
+from dgkit.errors import DgkitError
+from dgkit.hooks import record
+from dgkit.sampling import generate
+from dgkit.zoo import MODELS
+from training import flow, text_quality
+from training.ladder import largest_of_blocks
+from training.loop import device
+from training.measuring import captioned_sheet, finished, largest_channels
+from training.text_quality import captions_of, loss_on_tiles, share
+from training.tiles import Tiles, unseen_combinations
+
+
+def measure_variant(run: Path) -> dict[str, Any]:
+    """Measure the variant that `train(run.name, run)` left in `run`.
+
+    Writes the numbers to `data/ladder/NAME.json` and a sheet of samples beside it.
+
+    Args:
+        run: the training's folder, whose name is in `VARIANTS`.
+
+    Returns:
+        The contents of the JSON file: "recipe"; "width"; "training", what it took; "history", per snapshot "step", per
+        block what `ladder.largest_of_blocks` says of noised held-out tiles, and "loss" on these and "training_loss" on
+        training tiles (see `text_quality.loss_on_tiles`); and of samples at the zoo's guidance scale "matching", the
+        share of unseen combinations nearest to their own caption, and "copies", the share near a training tile.
+
+    Raises:
+        DgkitError: `run` has another name.
+        LoadError: `run` does not hold a finished training.
+        DataError: the tiles are missing or altered.
+    """
+    if run.name not in VARIANTS:
+        raise DgkitError(f"run={str(run)!r} is not allowed: a variant's folder is called {' or '.join(VARIANTS)}")
+    folder, facts = finished(run)
+    recipe, tiles = flow.Recipe.read(folder / f"{run.name}.toml"), Tiles.load()
+    pipe, preset = DiffusionPipeline.from_pretrained(folder).to(device()), MODELS[SHIPPED].preset
+
+    def sample(captions: list[str], first_seed: int) -> Any:
+        setting: dict[str, Any] = {"num_inference_steps": preset.steps, "guidance_scale": preset.guidance_scale}
+        seeds = range(first_seed, first_seed + len(captions))
+        return generate(pipe, captions, seeds, **setting, **MODELS[SHIPPED].call)
+
+    known = captions_of(tiles, held_out=False)
+    unseen, asked = [*map(str, unseen_combinations(known))], text_quality.asked_for_copies(known)
+    images = sample(unseen, 0)
+    copies, _ = text_quality.search_for_copies(pipe.vae, tiles, sample(asked, text_quality.COPY_SEED), asked)
+    measured = {
+        "model": run.name,
+        "recipe": asdict(recipe),
+        "width": pipe.transformer.inner_dim,
+        "training": facts["networks"]["transformer"],
+        "history": history_of(recipe, tiles, pipe.vae, run / "transformer"),
+        "matching": share(matching_score(load_matcher().to(device()), images, unseen, text_quality.CHOICES)),
+        "copies": copies["samples"]["near"],
+        "device": str(device()),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+    }
+    FOLDER.mkdir(exist_ok=True)
+    (FOLDER / f"{run.name}.json").write_text(json.dumps(measured, indent=1) + "\n")
+    captioned_sheet(images, unseen, columns=8, zoom=1).save(FOLDER / f"{run.name}.png", optimize=True)
+    return measured
+
+
+def history_of(recipe: flow.Recipe, tiles: Tiles, vae: Any, snapshots: Path) -> list[dict[str, Any]]:
+    """One row per training snapshot in the folder `snapshots`, see `measure_variant`; raises as `largest_channels`."""
+    network = flow.build_model(recipe, tiles).to(vae.device).eval()
+    found: list[dict[str, Any]] = []
+
+    def look() -> None:
+        with record(network.transformer, track=range(network.transformer.inner_dim)) as trace:
+            loss = loss_on_tiles(network, vae, tiles, held_out=True)
+        known = loss_on_tiles(network, vae, tiles, held_out=False)
+        found.append(largest_of_blocks(trace) | {"loss": round(loss, 5), "training_loss": round(known, 5)})
+
+    rows = largest_channels(network, network.transformer, snapshots, look)
+    # its own ratios are of all passes, with those of the training tiles; these are replaced
+    return [row | largest for row, largest in zip(rows, found, strict=True)]
