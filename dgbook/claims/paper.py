@@ -31,6 +31,16 @@ def claims() -> pd.DataFrame:
     return _words("claims")
 
 
+def parts() -> pd.DataFrame:
+    """How this book tests the claims: the parts of each chapter's claim, a row per part, one comparison each.
+
+    Columns, all text: id, chapter (name of the notebook), claims (ids of `claims`, separated by "; "; none for what the
+    paper does not claim), text, value (where the result stores it, or "derived.FUNCTION" of `dgbook.claims.derived`),
+    relation ("<", ">" or ">="), bound (a number or another value), shown (the numbers for a page: values in braces).
+    """
+    return _words("parts")
+
+
 def exhibits() -> pd.DataFrame:
     """The paper's 23 figures and 6 tables. Columns, all text: exhibit, section, shows, models (separated by "; ")."""
     return _words("figures")
