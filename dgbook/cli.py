@@ -119,8 +119,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from dgbook import notebooks
-    from dgkit import paths
+    from dgbook import notebooks, paths
 
     parameters = dict(notebooks.parse_parameter(text) for text in arguments.parameters)
     if arguments.model is not None:
@@ -140,8 +139,8 @@ def _book_execute(arguments: argparse.Namespace) -> int:
 
 
 def _results_check(arguments: argparse.Namespace) -> int:
+    from dgbook import paths
     from dgbook.claims import results
-    from dgkit import paths
 
     differences = results.check(paths.results_dir(), results.ACCEPTED)
     print(results.report(differences))
@@ -149,8 +148,8 @@ def _results_check(arguments: argparse.Namespace) -> int:
 
 
 def _results_accept(arguments: argparse.Namespace) -> int:
+    from dgbook import paths
     from dgbook.claims import results
-    from dgkit import paths
 
     new, accepted = paths.results_dir(), results.ACCEPTED
     if arguments.reference:

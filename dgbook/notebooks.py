@@ -22,8 +22,9 @@ from papermill.cli import _resolve_type as resolve_type
 from papermill.exceptions import PapermillExecutionError
 
 from dgbook.claims.results import safe_name
+from dgbook.paths import build_dir, results_dir
 from dgkit.errors import DgkitError
-from dgkit.paths import CHECKOUT, build_dir, results_dir
+from dgkit.paths import CHECKOUT
 
 NOTEBOOKS = {
     "layer-properties": "01_layer_properties.ipynb",

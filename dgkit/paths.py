@@ -1,6 +1,5 @@
-"""Where data is read from and results are written to."""
+"""Where shipped data is read from."""
 
-import os
 from pathlib import Path
 
 _PACKAGED = Path(__file__).parent / "data"
@@ -10,13 +9,3 @@ CHECKOUT: Path | None = None if _PACKAGED.is_dir() else Path(__file__).parent.pa
 
 DATA: Path = _PACKAGED if CHECKOUT is None else CHECKOUT / "data"
 """Shipped models, prompts, the paper's tables and accepted results."""
-
-
-def build_dir() -> Path:
-    """Folder for everything a run creates: `_build` in the checkout, else in the current directory."""
-    return (CHECKOUT or Path.cwd()) / "_build"
-
-
-def results_dir() -> Path:
-    """Folder that result files are written to: `$DGKIT_RESULTS_DIR`, else `_build/results`."""
-    return Path(os.environ.get("DGKIT_RESULTS_DIR") or build_dir() / "results")

@@ -4,8 +4,8 @@ import argparse
 import sys
 
 import training
+from dgbook.paths import build_dir
 from dgkit.errors import DgkitError
-from dgkit.paths import build_dir
 from training import quality, search
 
 

@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 
 from dgbook.measures.stats import Interval
+from dgbook.paths import results_dir
 from dgkit.errors import DgkitError
-from dgkit.paths import CHECKOUT, DATA, results_dir
+from dgkit.paths import CHECKOUT, DATA
 
 ACCEPTED = DATA / "results"
 REFERENCE = ACCEPTED / "reference"

@@ -12,8 +12,8 @@ from dgbook import notebooks
 from dgbook.claims import results
 from dgbook.claims.results import Record
 from dgbook.pages.text import chapter_link, code, plain, table
+from dgbook.paths import results_dir
 from dgkit.errors import DgkitError
-from dgkit.paths import results_dir
 
 BOOK_TOOLS = ("jupyter-book", "Sphinx", "myst-nb", "papermill")
 

@@ -34,8 +34,8 @@ from dgbook.paper_scale.generate.store import Store, load_images
 from dgbook.paper_scale.protocol import Row
 from dgbook.paper_scale.scores.sets import Features, Inception, Reference, imagenet_reference, set_scores
 from dgbook.paper_scale.scores.weights import WEIGHTS
+from dgbook.paths import build_dir
 from dgkit.errors import DgkitError
-from dgkit.paths import build_dir
 from dgkit.zoo import MODELS
 
 Array = NDArray[np.float64]

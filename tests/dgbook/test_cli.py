@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from dgbook import cli, notebooks
+from dgbook import cli, notebooks, paths
 from dgbook.claims import results
-from dgkit import paths, zoo
+from dgkit import zoo
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from scipy.stats import ttest_1samp
 
-from dgbook import cli
+from dgbook import cli, paths
 from dgbook.measures.base import MetricId
 from dgbook.measures.stats import Interval
 from dgbook.paper_scale import generate, protocol, reproduce, scores
@@ -20,7 +20,6 @@ from dgbook.paper_scale.prompts import Prompt
 from dgbook.paper_scale.reproduce import OthersAtWork, job_of, over_blocks, verdict, wanted
 from dgbook.paper_scale.scores.sets import Features, Reference
 from dgbook.paper_scale.scores.weights import MetricUnavailable
-from dgkit import paths
 from dgkit.errors import DgkitError
 
 COUNT = 10

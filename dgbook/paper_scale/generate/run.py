@@ -27,8 +27,8 @@ from tqdm import tqdm
 from dgbook.claims import results
 from dgbook.paper_scale.generate.job import Job, canonical, library_versions
 from dgbook.paper_scale.generate.store import Image, Shard, Store
+from dgbook.paths import build_dir
 from dgkit.errors import DataError, DgkitError
-from dgkit.paths import build_dir
 
 logger = logging.getLogger(__name__)
 
