@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import time
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from importlib.metadata import PackageNotFoundError, version
@@ -36,20 +36,24 @@ _LIBRARIES = ("torch", "diffusers", "transformers", "numpy", "dgkit")
 
 @dataclass(frozen=True)
 class Record:
-    """A result file as read: `record["key"]` is a number, string, Interval, NumPy array or list."""
+    """A result file as read; its values are nested tables of numbers, strings, Intervals, arrays and lists.
+
+    `record["methods.cfg+dg.frechet"]` is the value, or the table, at a path (see `at`), with arrays as NumPy's.
+    """
 
     name: str
     parameters: dict[str, Any]
     provenance: dict[str, Any]
     values: dict[str, Any]
 
-    def __getitem__(self, key: str) -> Any:
-        if key not in self.values:
-            raise DgkitError(f"key={key!r} is not in result {self.name!r}: it holds {', '.join(self.values)}")
-        return _decoded(self.values[key])
+    def __getitem__(self, path: str) -> Any:
+        value = at(self.values, path)
+        if value is None:
+            raise DgkitError(f"path={path!r} is not in result {self.name!r}: it holds {', '.join(leaves(self.values))}")
+        return _decoded(value)
 
     def decoded(self) -> dict[str, Any]:
-        """All values, as by `record[key]`."""
+        """All values, as by `record[path]`."""
         return {key: _decoded(value) for key, value in self.values.items()}
 
 
@@ -79,21 +83,18 @@ class Result:
         self._provenance = _provenance(self.parameters, pipe)
         self._start = time.monotonic()
 
-    def __getitem__(self, key: str) -> Any:
-        return _decoded(self._values[key])
-
     def __setitem__(self, key: str, value: Any) -> None:
         """Keep a finite number, string, bool, Interval, array or tensor (to 6 significant digits), or list of them.
 
+        Or a table of such values, or of tables. Keys hold no dots, of which paths are made (see `at`).
+
         Raises:
-            DgkitError: `value` is of another type, or NaN or infinite somewhere.
+            DgkitError: `value` is of another type, or NaN or infinite somewhere, or a key holds a dot.
         """
-        if value is None:
-            raise DgkitError(f"result[{key!r}] is None: leave out what was not measured")
-        self._values[key] = _encoded(value, f"result[{key!r}]")
+        self._values[key] = _kept(key, value, "result")
 
     def update(self, values: Mapping[str, Any]) -> None:
-        """Keep several values, each as by `result[key] = value`."""
+        """Keep several values, each as by `result[key] = value`; a table takes the place of an earlier one."""
         for key, value in values.items():
             self[key] = value
 
@@ -101,32 +102,6 @@ class Result:
     def values(self) -> dict[str, Any]:
         """What was kept so far, as it will read from the file."""
         return {key: _decoded(value) for key, value in self._values.items()}
-
-    def glue(self) -> None:
-        """Show the numbers to the book under their keys (`{glue:text}` in a page); nothing visible in the notebook.
-
-        Reference numbers, where there are any, go under "reference.KEY". Arrays are left out.
-        """
-        from IPython.display import display
-
-        glued = dict(self.values)
-        reference = reference_of(self.name, self.parameters["model"])
-        if reference is not None:
-            measured = reference.decoded()
-            glued |= {f"reference.{key}": value for key, value in measured.items()}
-        for key, value in glued.items():
-            if not isinstance(value, list | np.ndarray):
-                # what myst_nb.glue writes, without making Sphinx a dependency of every notebook
-                data = {
-                    "application/papermill.record/text/plain": repr(
-                        str(value) if isinstance(value, Interval) else value
-                    )
-                }
-                display(
-                    data,
-                    raw=True,
-                    metadata={"scrapbook": {"name": key, "mime_prefix": "application/papermill.record/"}},
-                )
 
     def conclude(self) -> Any:
         """Save, and return as Markdown the chapter's finding: of this run, and of the reference run.
@@ -138,8 +113,7 @@ class Result:
         from dgbook.claims.findings import CLAIMS, FINDINGS, verdict
 
         sentence = FINDINGS[self.name]
-        self["finding"] = sentence(self.values | self.parameters)
-        paragraphs = [f"**This run.** {self['finding']}"]
+        paragraphs = [f"**This run.** {sentence(self.values | self.parameters)}"]
         reference = reference_of(self.name, self.parameters["model"])
         if reference is not None:
             measured = reference.decoded()
@@ -171,6 +145,28 @@ class Result:
         path.parent.mkdir(parents=True, exist_ok=True)
         _write(path, _text(Record(self.name, self.parameters, provenance, self._values)))
         return path
+
+
+def at(values: Mapping[str, Any], path: str) -> Any:
+    """What nested tables hold at a path, keys joined by dots: "methods.cfg+dg.frechet"; None where there is nothing."""
+    value: Any = values
+    for key in path.split("."):
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value
+
+
+def leaves(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of nested tables by their paths."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        inner = leaves(value) if _is_table(value) else None
+        found |= {key: value} if inner is None else {f"{key}.{path}": leaf for path, leaf in inner.items()}
+    return found
+
+
+def _is_table(value: Any) -> bool:
+    """Whether it is a table, and no Interval as JSON holds it."""
+    return isinstance(value, Mapping) and value.keys() != set(Interval.__dataclass_fields__)
 
 
 def load(name: str, model: str, reference: bool = False) -> Record:
@@ -247,7 +243,7 @@ class Tolerances:
     """The tolerances of `tolerances.toml`.
 
     `[default]` holds for floating-point numbers; integers, bools and strings are equal or not. `[keys]` maps glob
-    patterns over "name.key" to tolerances that hold for integers too; the last match wins.
+    patterns over "name.path" to tolerances that hold for integers too; the last match wins.
 
     Raises:
         DgkitError: the file is not of that form.
@@ -264,14 +260,14 @@ class Tolerances:
             raise DgkitError(f"{path} is not a table of tolerances: {error}") from error
 
     def __call__(self, name: str, exact: bool) -> Tolerance:
-        """The tolerance of "name.key"; `exact` values (integers) get none from the default."""
+        """The tolerance of "name.path"; `exact` values (integers) get none from the default."""
         matches = [tolerance for pattern, tolerance in self.keys.items() if fnmatchcase(name, pattern)]
         return matches[-1] if matches else Tolerance() if exact else self.default
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One disagreement between a new and an accepted result; for an array, its worst entry."""
+    """One disagreement between a new and an accepted result; `key` is a path (see `at`)."""
 
     result: str
     key: str
@@ -353,52 +349,38 @@ def _compared(result: str, new: Record, accepted: Record, tolerances: Tolerances
         yield Difference(result, what, old, now, "not comparable")
         return
     old_values, new_values = (
-        {**record.values, "block_evaluations": record.provenance.get("block_evaluations")} for record in (accepted, new)
+        {**leaves(record.values), "block_evaluations": record.provenance.get("block_evaluations")}
+        for record in (accepted, new)
     )
     for key in sorted(old_values.keys() | new_values.keys()):
         if key not in new_values:
             yield Difference(result, key, _short(old_values[key]), "missing", "the run did not measure it")
         elif key not in old_values:
             yield Difference(result, key, "missing", _short(new_values[key]), "never accepted")
-        else:
-            for at, old, now, why in _disagreements(old_values[key], new_values[key], f"{new.name}.{key}", tolerances):
-                yield Difference(result, f"{key}{at}", old, now, why)
+        elif why := _disagreement(old_values[key], new_values[key], f"{new.name}.{key}", tolerances):
+            yield Difference(result, key, _short(old_values[key]), _short(new_values[key]), why)
 
 
-def _disagreements(old: Any, now: Any, name: str, tolerances: Tolerances) -> Iterator[tuple[str, str, str, str]]:
-    """Where two JSON values differ: place within them, accepted, new, why."""
-    old_array, new_array = _numeric(old), _numeric(now)
-    if old_array is not None and new_array is not None:
-        exact = old_array.dtype.kind in "iu" and new_array.dtype.kind in "iu"
-        tolerance = tolerances(name, exact)
-        if tolerance.ignore:
-            return
-        if old_array.shape != new_array.shape:
-            yield "", str(old_array.shape), str(new_array.shape), "another shape"
-            return
-        distance = np.abs(new_array.astype(np.float64) - old_array)
-        limit = tolerance.abs + tolerance.rel * np.abs(old_array)
-        off = distance > limit
-        if off.any():
-            worst = np.unravel_index(np.argmax(np.where(off, distance - limit, -1)), off.shape)
-            at = f"[{', '.join(map(str, worst))}]" if worst else ""
-            share = f", {off.sum()} of {off.size} entries" if worst else ""
-            why = f"off by {distance[worst]:.3g}, allowed {limit[worst]:.3g}{share}"
-            yield at, f"{old_array[worst]:.6g}", f"{new_array[worst]:.6g}", why
-    elif isinstance(old, dict) and isinstance(now, dict) and old.keys() == now.keys():
-        for part in old:
-            for at, *rest in _disagreements(old[part], now[part], name, tolerances):
-                yield f".{part}{at}", rest[0], rest[1], rest[2]
-    elif isinstance(old, list) and isinstance(now, list) and len(old) == len(now):
-        for index, (before, after) in enumerate(zip(old, now, strict=True)):
-            for at, *rest in _disagreements(before, after, name, tolerances):
-                yield f"[{index}]{at}", rest[0], rest[1], rest[2]
-    elif (type(old), old) != (type(now), now) and not tolerances(name, exact=True).ignore:
-        yield "", _short(old), _short(now), "not equal"
+def _disagreement(accepted: Any, new: Any, name: str, tolerances: Tolerances) -> str:
+    """Why two JSON values differ; "" where they do not."""
+    before, after = _numeric(accepted), _numeric(new)
+    if before is None or after is None or isinstance(accepted, dict) != isinstance(new, dict):
+        same = (type(accepted), accepted) == (type(new), new)
+        return "" if same or tolerances(name, exact=True).ignore else "not equal"
+    tolerance = tolerances(name, exact=before.dtype.kind in "iu" and after.dtype.kind in "iu")
+    if tolerance.ignore:
+        return ""
+    try:
+        np.testing.assert_allclose(after.astype(float), before.astype(float), tolerance.rel, tolerance.abs, strict=True)
+    except AssertionError as error:
+        return " ".join(str(error).partition(" ACTUAL:")[0].split())
+    return ""
 
 
 def _numeric(value: Any) -> np.ndarray | None:
-    """A number or rectangular nested list of numbers as an array; None for anything else, bools included."""
+    """A number, Interval or rectangular nested list of numbers as an array; None for anything else, bools included."""
+    if isinstance(value, dict):
+        return np.asarray(list(value.values()))
     if isinstance(value, (int, float, list)):
         try:
             array = np.asarray(value)
@@ -415,6 +397,18 @@ def _short(value: Any) -> str:
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
+
+
+def _kept(key: str, value: Any, where: str) -> Any:
+    """One value of a result, or a table of them, as JSON holds it."""
+    where = f"{where}[{key!r}]"
+    if "." in key:
+        raise DgkitError(f"{where} is not allowed: a key holds no dot")
+    if value is None:
+        raise DgkitError(f"{where} is None: leave out what was not measured")
+    if isinstance(value, Mapping):
+        return {inner: _kept(inner, entry, where) for inner, entry in value.items()}
+    return _encoded(value, where)
 
 
 def _encoded(value: Any, where: str) -> Any:
@@ -447,7 +441,7 @@ def _rounded(entries: Any) -> Any:
 
 def _decoded(value: Any) -> Any:
     if isinstance(value, dict):
-        return Interval(**value)
+        return {key: _decoded(entry) for key, entry in value.items()} if _is_table(value) else Interval(**value)
     if not isinstance(value, list):
         return value
     array = _numeric(value)
@@ -455,16 +449,27 @@ def _decoded(value: Any) -> Any:
 
 
 def _text(record: Record) -> str:
-    """JSON with one line per key, so that arrays stay readable and changes show as single lines."""
-
-    def line(key: str, value: Any) -> str:
-        return f"{json.dumps(key)}: {json.dumps(value, allow_nan=False)}"
-
-    sections = [" " + line("name", record.name)]
-    for section in ("parameters", "provenance", "values"):
-        rows = ",\n  ".join(line(key, value) for key, value in getattr(record, section).items())
-        sections.append(f' "{section}": {{\n  {rows}\n }}')
+    """JSON with one line per value, so that arrays stay readable and changes show as single lines."""
+    sections = [f' "name": {json.dumps(record.name)}']
+    for section in ("parameters", "provenance"):
+        rows = (f"{json.dumps(key)}: {json.dumps(value)}" for key, value in getattr(record, section).items())
+        sections.append(f' "{section}": {_block(rows, 1)}')
+    sections.append(f' "values": {_table(record.values, 1)}')
     return "{\n" + ",\n".join(sections) + "\n}\n"
+
+
+def _table(values: Mapping[str, Any], indent: int) -> str:
+    texts = {
+        key: _table(value, indent + 1) if _is_table(value) else json.dumps(value, allow_nan=False)
+        for key, value in values.items()
+    }
+    return _block((f"{json.dumps(key)}: {text}" for key, text in texts.items()), indent)
+
+
+def _block(rows: Iterable[str], indent: int) -> str:
+    """An object of one row per line, of an indent that its own lines go beyond."""
+    inner = "\n" + " " * (indent + 1)
+    return "{" + inner + f",{inner}".join(rows) + "\n" + " " * indent + "}"
 
 
 def read(path: Path) -> Record:

@@ -1,6 +1,6 @@
 """Result files: what they keep, and that a changed number is caught while a small one passes."""
 
-import ast
+import copy
 import hashlib
 import json
 import subprocess
@@ -17,6 +17,7 @@ from dgbook.measures.stats import Interval
 from dgkit.errors import DgkitError
 from dgkit.zoo import MODELS
 
+SETTINGS = {"cfg+dg": {"mse": 0.5, "gain": Interval(1.0, 0.5, 1.5)}, "none": {"loose_count": 10}}
 PARAMETERS = {"model": "tiny-dit", "seed": 3, "num_samples": 8, "dims": None}
 
 
@@ -28,6 +29,7 @@ def folders(tmp_path, monkeypatch):
     monkeypatch.setattr(results, "REFERENCE", tmp_path / "accepted" / "reference")
     (tmp_path / "tolerances.toml").write_text(
         '[default]\nabs = 1e-6\nrel = 1e-3\n[keys]\n"demo.loose_*" = { abs = 2 }\n"demo.sentence" = { ignore = true }\n'
+        '"demo.settings.*.loose_count" = { abs = 1 }\n'
     )
     return tmp_path / "new", tmp_path / "accepted", tmp_path / "tolerances.toml"
 
@@ -44,6 +46,7 @@ def measure(changes=None, parameters=PARAMETERS, pipe=None, name="demo"):
         "dims": [3, 5],
         "names": ["coat", "bag"],
         "loose_count": 10,
+        "settings": SETTINGS,
     }
     for key, value in (values | (changes or {})).items():
         result[key] = value
@@ -73,9 +76,12 @@ def test_saved_values_come_back(folders):
     assert np.array_equal(record["curve"], [0, 0.25, 0.5, 0.75, 1])
     assert np.array_equal(record["tensor"], [[1, 2]])
     assert record["flags"] == [True, False] and record["names"] == ["coat", "bag"]
+    assert record["settings.cfg+dg.gain"] == record.decoded()["settings"]["cfg+dg"]["gain"] == Interval(1.0, 0.5, 1.5)
+    assert record["settings.none"] == {"loose_count": 10}
     assert record.parameters == PARAMETERS
-    with pytest.raises(DgkitError, match="nothing"):
-        record["nothing"]
+    for path in ("nothing", "settings.cfg", "mse.value"):
+        with pytest.raises(DgkitError, match=r"is not in result 'demo': it holds .*settings\.cfg\+dg\.mse"):
+            record[path]
 
 
 def test_arrays_keep_six_significant_digits_and_scalars_all(folders):
@@ -99,24 +105,6 @@ def test_reference_runs_come_in_the_order_of_the_zoo_then_by_name(folders):
     expected = [name for name in MODELS if name in ("tiny-dit", "sd3")] + ["a-folder", "zz-other"]
     assert list(results.references("demo")) == expected
     assert results.references("nothing") == {}
-
-
-def test_numbers_are_glued_beside_those_of_the_reference_run(folders, monkeypatch):
-    shown = {}
-
-    def display(data, raw, metadata):
-        shown[metadata["scrapbook"]["name"]] = ast.literal_eval(data["application/papermill.record/text/plain"])
-
-    monkeypatch.setattr("IPython.display.display", display)
-    lower, higher = Interval(-2.0, -3.0, -1.0), Interval(2.0, 1.0, 3.0)
-    for value in (lower, higher):
-        result = Result("06_imagenet", model="tiny-dit")
-        result.update({"cond.frechet_change": value, "an array": np.arange(3)})
-        if value is lower:
-            result.save()
-            accept(folders[0], results.REFERENCE)
-    result.glue()
-    assert shown == {"cond.frechet_change": str(higher), "reference.cond.frechet_change": str(lower)}
 
 
 def test_provenance(folders, monkeypatch):
@@ -186,7 +174,9 @@ def test_a_failed_save_leaves_the_earlier_file(folders, monkeypatch):
         (Interval(1.0, float("nan"), 2.0), "low"),
         (None, "None"),
         (1 + 2j, "complex"),
-        ({"a": 1}, "dict"),
+        ({"a": {"b": None}}, r"result\['x'\]\['a'\]\['b'\] is None"),
+        ({"a": {"b": 1 + 2j}}, "complex"),
+        ({"a.b": 1}, "no dot"),
         (np.array(["a"]), "ndarray"),
     ],
 )
@@ -228,14 +218,19 @@ def test_equal_runs_agree(folders):
         ({"mse": 0.2503}, "mse"),
         ({"count": 8}, "count"),
         ({"verdict": False}, "verdict"),
-        ({"gain": Interval(1.0, 0.5, 1.6)}, "gain.high"),
-        ({"curve": np.array([0, 0.25, 0.6, 0.75, 1.01])}, "curve[2]"),
+        ({"gain": Interval(1.0, 0.5, 1.6)}, "gain"),
+        ({"gain": [1.0, 0.5, 1.5]}, "gain"),
+        ({"curve": np.array([0, 0.25, 0.6, 0.75, 1.01])}, "curve"),
         ({"curve": np.linspace(0, 1, 6)}, "curve"),
-        ({"dims": [3, 6]}, "dims[1]"),
-        ({"names": ["coat", "shirt"]}, "names[1]"),
+        ({"dims": [3, 6]}, "dims"),
+        ({"names": ["coat", "shirt"]}, "names"),
         ({"loose_count": 13}, "loose_count"),
         ({"extra": 1.0}, "extra"),
         ({"count": "7"}, "count"),
+        ({"verdict": 1}, "verdict"),
+        ({"settings": SETTINGS | {"none": {"loose_count": 12}}}, "settings.none.loose_count"),
+        ({"settings": SETTINGS | {"cfg+dg": {"mse": 0.5, "gain": Interval(1, 0.4, 1.5)}}}, "settings.cfg+dg.gain"),
+        ({"settings": SETTINGS | {"dg": {"mse": 0.5}}}, "settings.dg.mse"),
     ],
 )
 def test_one_perturbed_value_is_caught(folders, changes, key):
@@ -251,6 +246,7 @@ def test_one_perturbed_value_is_caught(folders, changes, key):
         {"gain": Interval(1.0005, 0.5, 1.4995)},
         {"curve": np.linspace(0.0, 1.0, 5) + 9e-7},
         {"loose_count": 12},
+        {"settings": SETTINGS | {"none": {"loose_count": 11}}},
         {"sentence": "Zeroing sharpens."},
     ],
 )
@@ -260,8 +256,8 @@ def test_a_change_within_tolerance_passes(folders, changes):
 
 def test_an_array_reports_how_many_entries_are_off_and_the_worst(folders):
     (difference,) = accepted_then(folders, {"curve": np.array([0, 0.25, 0.6, 0.75, 1.01])})
-    assert (difference.accepted, difference.new) == ("0.5", "0.6")
-    assert "2 of 5" in difference.why
+    assert difference.new == "[0.0, 0.25, 0.6, 0.75, 1.01]"
+    assert "2 / 5" in difference.why and "difference among violations: 0.1" in difference.why
 
 
 def test_a_missing_key_is_a_difference(folders):
@@ -359,15 +355,17 @@ def test_rounding_passes_and_a_change_of_a_quarter_does_not(path: Path, tmp_path
     (tmp_path / "new" / "m").mkdir(parents=True)
     (tmp_path / "accepted" / "m" / path.name).write_text(json.dumps(stored))
     tried = 0
-    for key, value in stored["values"].items():
+    for key, value in results.leaves(stored["values"]).items():
         for factor, caught in ((1 + 1e-5, False), (1.25, True)):
             changed = _scaled(value, factor)
             if changed is None or max(map(abs, _flat(value))) < 0.5:
                 continue  # an absolute tolerance is meant to pass changes of what is near zero
-            values = stored["values"] | {key: changed}
-            (tmp_path / "new" / "m" / path.name).write_text(json.dumps(stored | {"values": values}))
+            run = copy.deepcopy(stored)
+            table, _, last = f"values.{key}".rpartition(".")
+            results.at(run, table)[last] = changed
+            (tmp_path / "new" / "m" / path.name).write_text(json.dumps(run))
             differences = results.check(tmp_path / "new", tmp_path / "accepted")
-            assert bool(differences) == caught, (key, factor, value)
+            assert [difference.key for difference in differences] == [key] * caught, (key, factor, value)
             tried += 1
     assert tried >= 4
 
