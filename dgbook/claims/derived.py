@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from dgbook.claims import names
+from dgbook.claims.results import at
 from dgbook.measures.stats import Interval
 
 Values = Mapping[str, Any]
@@ -19,7 +21,10 @@ def value_at(values: Values, path: str) -> Any:
     Raises:
         KeyError: it was not measured.
     """
-    return _DERIVED[path](values) if path in _DERIVED else values[path]
+    value = _DERIVED[path](values) if path in _DERIVED else at(values, path)
+    if value is None:
+        raise KeyError(path)
+    return value
 
 
 def number_of_fixed_dims(v: Values) -> int:
@@ -35,7 +40,7 @@ def fixed_dims_listed(v: Values) -> str:
 
 def share_of_gates_with_same_largest(v: Values) -> float:
     """In which share of the residual gates the largest channel is z's."""
-    return float(v["gates.same_largest"] / v["gates.count"])
+    return float(v["gates"]["same_largest"] / v["gates"]["count"])
 
 
 def last_block(v: Values) -> int:
@@ -61,18 +66,18 @@ def sharpest_block_from_the_ends(v: Values) -> int:
 
 def block_of_least_effect(v: Values) -> int:
     """The block at which DG changes sharpness least, up or down."""
-    ratios = v["block.sharpness_ratio"]
+    ratios = v["sweeps"]["block"]["sharpness_ratio"]
     return int(ratios[np.abs(np.log(ratios[:, 1])).argmin(), 0])
 
 
 def worst_agreement_change(v: Values) -> Interval:
     """The lowest agreement change of the sweep over w, and the lowest end at either side: a bound on every w."""
-    return Interval(*v["w.agreement_change"][:, 1:].min(axis=0).tolist())
+    return Interval(*v["sweeps"]["w"]["agreement_change"][:, 1:].min(axis=0).tolist())
 
 
 def agreement_changes_listed(v: Values) -> str:
     """The agreement change at each w of the sweep as text."""
-    return ", ".join(f"{change:+.2f} (w = {w:g})" for w, change, *_ in v["w.agreement_change"])
+    return ", ".join(f"{change:+.2f} (w = {w:g})" for w, change, *_ in v["sweeps"]["w"]["agreement_change"])
 
 
 def smallest_other_frechet_change(v: Values) -> Interval:
@@ -83,19 +88,19 @@ def smallest_other_frechet_change(v: Values) -> Interval:
 
 def best_other_method(v: Values) -> str:
     """The name of the method with the lowest change and its change as text."""
-    name, change = min(_other_frechet_changes(v).items(), key=lambda item: item[1].value)
-    return f"{name} {change:+.2f}"
+    method, change = min(_other_frechet_changes(v).items(), key=lambda item: item[1].value)
+    return f"{names.METHODS[method]} {change:+.2f}"
 
 
 def _sharpest(v: Values) -> Any:
     """(block, sharpness over that without guidance, low, high) of the block where DG makes images sharpest."""
-    return max(v["block.sharpness_ratio"], key=lambda row: row[1])
+    return max(v["sweeps"]["block"]["sharpness_ratio"], key=lambda row: row[1])
 
 
 def _other_frechet_changes(v: Values) -> dict[str, Interval]:
     """By method at equal cost, but CFG + DG and no guidance at all."""
-    changes = {key.removesuffix(".frechet_change"): v[key] for key in v if key.endswith(".frechet_change")}
-    return {name: change for name, change in changes.items() if name not in ("CFG + DG", "none")}
+    others = {name: method for name, method in v["methods"].items() if name not in ("cfg+dg", "none")}
+    return {name: method["frechet_change"] for name, method in others.items()}
 
 
 _DERIVED: dict[str, Callable[[Values], Any]] = {

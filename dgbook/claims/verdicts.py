@@ -13,7 +13,7 @@ from IPython.display import Markdown
 
 from dgbook.claims import paper
 from dgbook.claims.derived import Values, value_at
-from dgbook.claims.results import Record, Result, reference_of
+from dgbook.claims.results import Record, Result, reference_of, references
 from dgbook.markdown import plain, table
 from dgbook.measures.stats import Interval
 
@@ -23,7 +23,7 @@ RELATIONS = ("<", ">", ">=")
 
 
 def compare(value: float | Interval, relation: str, bound: float | Interval) -> str:
-    """Whether `value` is above (or below) `bound` for all that their intervals leave open; a number is its own interval.
+    """Whether `value` is above (or below) `bound`, whatever their intervals leave open; a number is its own interval.
 
     Args:
         value, bound: numbers or intervals.
@@ -124,6 +124,11 @@ def verdict(chapter: str, values: Values) -> Verdict:
         KeyError: the chapter claims nothing.
     """
     return Verdict(tuple(part.outcome(values) for part in parts()[chapter]))
+
+
+def of_references(chapter: str) -> dict[str, Verdict]:
+    """The verdict of each stored reference run of a chapter, by model."""
+    return {model: verdict(chapter, record.decoded()) for model, record in references(chapter).items()}
 
 
 def conclusion(result: Result) -> Markdown:
