@@ -140,21 +140,21 @@ def _book_execute(arguments: argparse.Namespace) -> int:
 
 def _results_check(arguments: argparse.Namespace) -> int:
     from dgbook import paths
-    from dgbook.claims import results
+    from dgbook.claims import acceptance, results
 
-    differences = results.check(paths.results_dir(), results.ACCEPTED)
-    print(results.report(differences))
+    differences = acceptance.check(paths.results_dir(), results.ACCEPTED)
+    print(acceptance.report(differences))
     return 1 if differences else 0
 
 
 def _results_accept(arguments: argparse.Namespace) -> int:
     from dgbook import paths
-    from dgbook.claims import results
+    from dgbook.claims import acceptance, results
 
     new, accepted = paths.results_dir(), results.ACCEPTED
     if arguments.reference:
         new, accepted = paths.build_dir() / "reference", results.REFERENCE
-    for path in results.accept(new, accepted):
+    for path in acceptance.accept(new, accepted):
         print(path)
     return 0
 

@@ -1,4 +1,4 @@
-"""`{measured} NAME [ARGUMENT]`: a part of a page made from result files, anew at every build (`dgbook.pages`)."""
+"""`{measured} NAME [ARGUMENT]`: a part of a page made from data, anew at every build (`dgbook.pages.measured`)."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from docutils.statemachine import StringList
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from dgbook.pages import measured
+from dgbook.pages.measured import measured
 from dgkit.errors import DgkitError
 
 

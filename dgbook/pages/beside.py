@@ -2,18 +2,13 @@
 
 from collections.abc import Iterator
 
-from dgbook.claims import paper
-from dgbook.claims.results import Record, references
+from dgbook.claims import names, paper
+from dgbook.claims.paper import SCORES
+from dgbook.claims.results import Record, at, references
+from dgbook.markdown import code, plain, table
 from dgbook.measures.stats import Interval
-from dgbook.pages.text import code, plain, table
 from dgbook.paper_scale import protocol
 from dgkit.errors import DgkitError
-
-SCORES = {
-    "clipscore": "CLIPScore", "blipscore": "BLIPScore", "hpsv2.1": "HPSv2.1", "aesthetic": "Aesthetic",
-    "fid": "FID", "is": "IS", "precision": "precision", "recall": "recall",
-}  # fmt: skip
-"""The paper's scores by their columns in `data/paper`."""
 
 GUIDANCE = {"agreement": "agreement", "frechet": "Frechet distance", "high_frequency_change": "high-frequency share"}
 """Measures of chapter 4 that stand in for the scores of Tables 1 and 3."""
@@ -21,9 +16,8 @@ GUIDANCE = {"agreement": "agreement", "frechet": "Frechet distance", "high_frequ
 _SMALL = {"SD3": "tiny-sd3", "Flux": "tiny-flux"}
 """The small model of the same class."""
 
-
-_METHODS = {"APG": "APG", "CFG++": "CFG++", "CFG-Zero": "CFG-Zero*", "CFG+DG": "CFG + DG"}
-"""Table 2's rows, but CFG and DG without CFG, by their names in chapter 5."""
+_METHODS = {"APG": "apg", "CFG++": "cfg++", "CFG-Zero": "cfg-zero*", "CFG+DG": "cfg+dg"}
+"""Table 2's rows, but CFG and DG without CFG, by their keys in chapter 5's results."""
 
 
 def beside_paper(number: str) -> str:
@@ -70,17 +64,17 @@ def _guidance(number: int) -> Iterator[tuple[str, ...]]:
 
 
 def _our_guidance(record: Record, model: str, kind: str) -> Iterator[tuple[str, ...]]:
-    values = record.decoded()
-    before, after, contrast = ("none", "DG", "none") if kind == "Cond" else ("CFG", "CFG+DG", "cfg")
+    before, after = ("none", "dg") if kind == "Cond" else ("cfg", "cfg+dg")
+    settings = record["settings"]
+    contrast = record[f"contrast.{after} - {before}"]
     for measure, name in GUIDANCE.items():
-        change = values.get(f"contrast.{contrast}.{measure}")
-        if change is None:
+        if measure not in contrast:
             continue
-        digits = "+.4f" if measure == "high_frequency_change" else "+.2f"
         relative = measure == "high_frequency_change"  # known as a change against no guidance only
-        levels = ("", "") if relative else tuple(_level(values[f"{row}.{measure}"]) for row in (before, after))
-        better = _beyond(change, lower=measure == "frechet")
-        yield code(model), kind, name, *levels, plain(format(change, digits)), better
+        digits = "+.4f" if relative else "+.2f"
+        levels = ("", "") if relative else tuple(_level(settings[row][measure]) for row in (before, after))
+        better = _beyond(contrast[measure], lower=measure == "frechet")
+        yield code(model), kind, name, *levels, plain(format(contrast[measure], digits)), better
 
 
 def _methods() -> str:
@@ -93,10 +87,10 @@ def _methods() -> str:
         changes = (
             printed.loc[theirs, ["average", "aesthetic"]].astype(float) - printed.loc["CFG", ["average", "aesthetic"]]
         )
-        measured = [record.decoded().get(f"{ours}.frechet_change") for record in runs.values()]
+        measured = [at(record.decoded(), f"methods.{ours}.frechet_change") for record in runs.values()]
         lines.append(
             (
-                ours,
+                names.METHODS[ours],
                 *(f"{change:+.2f}" for change in changes),
                 *(plain(format(change, "+.2f")) if change else "not measured" for change in measured),
             )
@@ -109,11 +103,12 @@ def _imagenet() -> Iterator[tuple[str, ...]]:
     measures = {"frechet": "Frechet distance", "is": "IS", "precision": "precision", "recall": "recall"}
     for kind in ("Uncond", "Cond"):
         yield from _paper_rows(6, kind)
+        plain_row, guided_row = kind.lower(), f"{kind.lower()}+dg"
         for model, record in references("06_imagenet").items():
             values = record.decoded()
             for measure, name in measures.items():
-                before, after = values[f"{kind.lower()}.{measure}"], values[f"{kind.lower()}+DG.{measure}"]
-                change = values.get(f"{kind.lower()}.{measure}_change")
+                before, after = (values["settings"][row][measure] for row in (plain_row, guided_row))
+                change = at(values, f"contrast.{guided_row} - {plain_row}.{measure}")
                 shown = plain(format(change, "+.2f")) if change else f"{after.value - before.value:+.2f}"
                 difference = Interval(after.value - before.value, after.low - before.high, after.high - before.low)
                 better = _beyond(change or difference, lower=measure == "frechet")

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from dgbook.claims import paper
 from dgbook.claims.results import Record
+from dgbook.markdown import code, plain, table
 from dgbook.pages import runs
-from dgbook.pages.text import chapter_link, code, command_of, on_models, plain, table
-from dgbook.pages.verdicts import ZOO
+from dgbook.pages.text import ZOO, chapter_link, command_of, on_models
 from dgbook.paper_scale import protocol
 from dgkit.errors import DgkitError
 

@@ -11,7 +11,8 @@ import torch
 from dgbook import notebooks
 from dgbook.claims import results
 from dgbook.claims.results import Record
-from dgbook.pages.text import chapter_link, code, plain, table
+from dgbook.markdown import code, plain, table
+from dgbook.pages.text import chapter_link
 from dgbook.paths import results_dir
 from dgkit.errors import DgkitError
 

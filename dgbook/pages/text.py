@@ -1,28 +1,13 @@
-"""MyST text from rows and values."""
+"""Links and commands as MyST text."""
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from dgbook import notebooks
+from dgbook.markdown import code
 from dgbook.paper_scale import protocol
 
-_SPECIAL = re.compile(r"([\\`*_{}\[\]<>|$~#])")
-
-
-def plain(text: object) -> str:
-    """`text` with everything escaped that MyST would take for markup."""
-    return _SPECIAL.sub(r"\\\1", str(text))
-
-
-def code(text: str) -> str:
-    """`text` in a code span that a table cell can hold."""
-    return f"`{text}`".replace("|", "\\|")
-
-
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table; the cells are MyST text of one line each."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+ZOO = protocol.NAMES | {"DiT-XL": "dit-xl-2"}
+"""The paper's names of its models, and ours."""
 
 
 def chapter_link(notebook: str, words: str = "chapter") -> str:

@@ -7,11 +7,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dgbook.claims import findings, results
+from dgbook.claims import results
 from dgbook.claims.results import Record
+from dgbook.claims.verdicts import verdict
+from dgbook.markdown import code, table
 from dgbook.measures.stats import Interval
+from dgbook.pages.across import side_by_side
 from dgbook.pages.runs import commit
-from dgbook.pages.text import chapter_link, code, plain, table
+from dgbook.pages.text import chapter_link
 from dgkit.errors import DgkitError
 from dgkit.paths import DATA
 from dgkit.zoo import MODELS
@@ -36,9 +39,9 @@ def outcomes() -> str:
     """
     lines = []
     for chapter in CHAPTERS:
-        shown = findings.outcomes(chapter, records(chapter))
-        for part, *cells in shown.itertuples():
-            lines.append((chapter_link(chapter, ""), plain(part), *map(plain, cells)))
+        found = {model: verdict(chapter, record.decoded()) for model, record in records(chapter).items()}
+        rows = [*side_by_side(found), ("verdict", *map(str, found.values()))]
+        lines += [(chapter_link(chapter, ""), *row) for row in rows]
     shown = table(("chapter", "", code(SHIPPED), code(LONGER)), lines)
     longer = [records(chapter)[LONGER].provenance for chapter in CHAPTERS]
     made = "; ".join(f"{code(facts['command'])} at commit {commit(facts)}" for facts in longer)

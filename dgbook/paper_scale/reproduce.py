@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import t as student
 
-from dgbook.claims import results
+from dgbook.claims import provenance, results
 from dgbook.downloads import local
 from dgbook.measures import stats
 from dgbook.measures.judges import JUDGES, FashionJudge, judge_set_scores
@@ -448,7 +448,7 @@ def _inception_scores(rows: Sequence[Row], folders: Folders) -> Table:
 def _judge_scores(names: Sequence[str], rows: Sequence[Row], folders: Folders) -> Table:
     """Scores by the network of an embedded model's data: agreement per image, the others per seed block."""
     kind = next(judge for judge in JUDGES if judge.data == rows[0].prompts)
-    identity = f"{kind.name}@{results.weights_sha256(kind(()).network)[:12]}"
+    identity = f"{kind.name}@{provenance.weights_sha256(kind(()).network)[:12]}"
     width = kind(()).real_features.shape[1]
     measured: Table = {}
     for row in rows:
@@ -486,7 +486,7 @@ def _kept(folder: Path, name: str, identity: str, compute: Callable[[], Any]) ->
             return kept["values"]
     values = compute()
     path.parent.mkdir(exist_ok=True)
-    results._write(path, json.dumps({"id": identity, "values": values}))
+    results.write_whole(path, json.dumps({"id": identity, "values": values}))
     return values
 
 
@@ -626,7 +626,7 @@ def _provenance(
     made = [entry for path in distinct for entry in Store(path).provenance()]
     first = folders[next(iter(folders))][0]
     identity = json.loads((first / "model.json").read_text())
-    return results._provenance(dict(parameters), None) | {
+    return provenance.provenance(parameters) | {
         "seed": parameters["seeds"],
         "weights_sha256": identity["weights_sha256"].get("transformer"),
         "device": ", ".join(sorted({entry["device"] for entry in made})),
@@ -653,9 +653,8 @@ def _save(
         values |= {key: value for key, value in parts.items() if value is not None}
     record = results.Record(
         table,
-        {key: results._encoded(value, key) for key, value in parameters.items()},
+        {key: results.encoded(value, key) for key, value in parameters.items()},
         dict(provenance),
-        {key: results._encoded(value, key) for key, value in values.items()},
+        {key: results.encoded(value, key) for key, value in values.items()},
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    results._write(path, results._text(record))
+    record.write(path)

@@ -84,8 +84,8 @@ def test_results_check_and_accept(tmp_path, monkeypatch, capsys):
     assert cli.main(["results", "check"]) == 1
     assert "tiny-dit/demo  x" in capsys.readouterr().out
     assert cli.main(["results", "accept", "--reference"]) == 0
-    assert results.load("demo", "tiny-dit", reference=True)["x"] == 5.0
-    assert results.load("demo", "tiny-dit")["x"] == 1.0
+    assert results.read(results.REFERENCE / "tiny-dit" / "demo.json")["x"] == 5.0
+    assert results.read(results.ACCEPTED / "tiny-dit" / "demo.json")["x"] == 1.0
 
 
 def test_models_lists_names_memory_and_licences(capsys):

@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from dgbook.claims import results
-from dgbook.claims.results import Result, Tolerances, accept, check, load, report, safe_name, weights_sha256
+from dgbook.claims import provenance, results
+from dgbook.claims.acceptance import Tolerances, accept, check, report
+from dgbook.claims.provenance import weights_sha256
+from dgbook.claims.results import Result, safe_name
 from dgbook.measures.stats import Interval
 from dgkit.errors import DgkitError
 from dgkit.zoo import MODELS
@@ -70,7 +72,7 @@ def test_saved_values_come_back(folders):
     path = measure({"tensor": torch.tensor([[1.0, 2.0]], dtype=torch.bfloat16), "flags": np.array([True, False])})
     assert path == folders[0] / "tiny-dit" / "demo.json"
     accept(folders[0], folders[1])
-    record = load("demo", "tiny-dit")
+    record = results.read(folders[1] / "tiny-dit" / "demo.json")
     assert record["mse"] == 0.25 and record["count"] == 7 and record["verdict"] is True
     assert record["gain"] == Interval(1.0, 0.5, 1.5)
     assert np.array_equal(record["curve"], [0, 0.25, 0.5, 0.75, 1])
@@ -93,9 +95,9 @@ def test_arrays_keep_six_significant_digits_and_scalars_all(folders):
 def test_reference_results_are_apart(folders):
     measure()
     accept(folders[0], results.REFERENCE)
-    assert load("demo", "tiny-dit", reference=True)["count"] == 7
-    with pytest.raises(DgkitError, match="no accepted result"):
-        load("demo", "tiny-dit")
+    record = results.reference_of("demo", "tiny-dit")
+    assert record is not None and record["count"] == 7
+    assert results.reference_of("demo", "tiny-sd3") is None
 
 
 def test_reference_runs_come_in_the_order_of_the_zoo_then_by_name(folders):
@@ -110,13 +112,13 @@ def test_reference_runs_come_in_the_order_of_the_zoo_then_by_name(folders):
 def test_provenance(folders, monkeypatch):
     monkeypatch.setenv("DGKIT_COMMAND", "dgkit run demo")
     model = torch.nn.Linear(2, 3, dtype=torch.bfloat16)
-    provenance = json.loads(measure(pipe=model).read_text())["provenance"]
-    assert provenance["weights_sha256"] == weights_sha256(model)
-    assert (provenance["device"], provenance["dtype"]) == ("cpu", "bfloat16")
-    assert (provenance["model"], provenance["seed"]) == ("tiny-dit", 3)
-    assert provenance["block_evaluations"] == 320 and provenance["wall_seconds"] >= 0
-    assert provenance["versions"]["torch"] == torch.__version__.partition("+")[0]
-    assert provenance["command"] == "dgkit run demo"
+    facts = json.loads(measure(pipe=model).read_text())["provenance"]
+    assert facts["weights_sha256"] == weights_sha256(model)
+    assert (facts["device"], facts["dtype"]) == ("cpu", "bfloat16")
+    assert (facts["model"], facts["seed"]) == ("tiny-dit", 3)
+    assert facts["block_evaluations"] == 320 and facts["wall_seconds"] >= 0
+    assert facts["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert facts["command"] == "dgkit run demo"
 
 
 def test_weight_hash_is_over_names_types_shapes_and_bytes():
@@ -134,8 +136,8 @@ def test_weight_hash_is_over_names_types_shapes_and_bytes():
 
 
 def test_commit_and_dirty_flag(tmp_path, monkeypatch):
-    monkeypatch.setattr(results, "CHECKOUT", tmp_path)
-    assert results._git() == (None, None)
+    monkeypatch.setattr(provenance, "CHECKOUT", tmp_path)
+    assert provenance.commit_and_changes() == (None, None)
 
     def git(*arguments):
         identity = ("-c", "user.name=n", "-c", "user.email=e@example.org")
@@ -143,16 +145,16 @@ def test_commit_and_dirty_flag(tmp_path, monkeypatch):
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
     git("init")
-    assert results._git() == (None, None)
+    assert provenance.commit_and_changes() == (None, None)
     (tmp_path / "code.py").write_text("1")
     git("add", ".")
     git("commit", "-m", "first")
-    assert results._git() == (git("rev-parse", "HEAD"), False)
+    assert provenance.commit_and_changes() == (git("rev-parse", "HEAD"), False)
     (tmp_path / "notebooks").mkdir()
     (tmp_path / "notebooks" / "n.ipynb").write_text("rewritten by every run")
-    assert results._git()[1] is False
+    assert provenance.commit_and_changes()[1] is False
     (tmp_path / "code.py").write_text("2")
-    assert results._git()[1] is True
+    assert provenance.commit_and_changes()[1] is True
 
 
 def test_a_failed_save_leaves_the_earlier_file(folders, monkeypatch):
@@ -364,7 +366,7 @@ def test_rounding_passes_and_a_change_of_a_quarter_does_not(path: Path, tmp_path
             table, _, last = f"values.{key}".rpartition(".")
             results.at(run, table)[last] = changed
             (tmp_path / "new" / "m" / path.name).write_text(json.dumps(run))
-            differences = results.check(tmp_path / "new", tmp_path / "accepted")
+            differences = check(tmp_path / "new", tmp_path / "accepted")
             assert [difference.key for difference in differences] == [key] * caught, (key, factor, value)
             tried += 1
     assert tried >= 4

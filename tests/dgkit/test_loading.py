@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import dgkit
-from dgbook.claims import results
+from dgbook.claims import provenance
 from dgbook.paper_scale.generate.job import Job
 from dgbook.paper_scale.generate.run import PipelineSampler
 from dgkit import loading, zoo
@@ -594,17 +594,17 @@ def test_every_way_gives_the_same_guided_images(way: str, name: str, weights_lea
             ]
 
     reference, pipe = dgkit.load(name), dgkit.load(name)
-    hashed = results.weights_sha256(reference.transformer)
+    hashed = provenance.weights_sha256(reference.transformer)
     pipe = loading.move(pipe, torch.device("cpu"), way)
     if way == "blocks":
         assert next(pipe.text_encoder_2.parameters()).isnan().all()
     else:
-        assert results.weights_sha256(pipe.transformer) == hashed
+        assert provenance.weights_sha256(pipe.transformer) == hashed
     assert pipe.vae.use_slicing and not torch.equal(*images(reference))
     assert all(torch.equal(*pair) for pair in zip(images(pipe), images(reference), strict=True))
 
 
 def test_weights_moved_by_blocks_can_be_hashed() -> None:
     pipe = dgkit.load("tiny-sd3")
-    hashed = results.weights_sha256(pipe.transformer)
-    assert results.weights_sha256(loading.move(pipe, torch.device("cpu"), "blocks").transformer) == hashed
+    hashed = provenance.weights_sha256(pipe.transformer)
+    assert provenance.weights_sha256(loading.move(pipe, torch.device("cpu"), "blocks").transformer) == hashed
