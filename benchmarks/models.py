@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dgkit.zoo import MODELS
 
-Call = dict[str, Any]
+Arguments = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,9 @@ class Subject:
 
     name: str
     model: ModelMixin
-    cond: Call = field(repr=False)
-    uncond: Call = field(repr=False)
-    both: Call | None = field(repr=False)
+    cond: Arguments = field(repr=False)
+    uncond: Arguments = field(repr=False)
+    both: Arguments | None = field(repr=False)
     cond_row: int
     block: int
     dims: tuple[int, ...]
@@ -149,7 +149,7 @@ def _config(architecture: Architecture) -> dict[str, Any]:
     return config | {"sample_size": 2 * size.side}
 
 
-def _call(architecture: Architecture) -> Call:
+def _call(architecture: Architecture) -> Arguments:
     """Two rows, conditional and unconditional; made in the default dtype on the default device."""
     size, config = architecture.size, architecture.config
     if architecture.transformer is DiTTransformer2DModel:

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.models import Call, Subject
-from dgkit.anatomy import COND, UNCOND, dissect
+from benchmarks.models import Arguments, Subject
+from dgkit.anatomy import COND, UNCOND, Call, dissect
+from dgkit.disruption import make_edit
 from dgkit.guidance import Engine, Perturbation
-from dgkit.hooks import make_edit
 
 ROUNDS = 11
 SHARINGS = ("replay", "fork", "none")
@@ -35,23 +35,20 @@ def guided(subject: Subject, guidance: str, sharing: str) -> Run:
         anatomy = dissect(subject.model)
         engine = Engine(anatomy, sharing)
         branch = [Perturbation(edits={subject.block: make_edit(anatomy, subject.dims)})]
-        calls: list[tuple[Call, list[int], tuple[str, ...], list[Perturbation]]]
-        if guidance == "DG":
-            calls = [(subject.cond, [0], (COND,), branch)]
-        elif subject.both is not None:
-            labels = (COND, UNCOND) if subject.cond_row == 0 else (UNCOND, COND)
-            calls = [(subject.both, [subject.cond_row], labels, branch)]
-        else:
-            calls = [(subject.cond, [0], (COND,), branch), (subject.uncond, [], (UNCOND,), [])]
+        calls: list[tuple[Arguments, tuple[str, ...]]] = [(subject.cond, (COND,))]
+        if guidance == "CFG+DG" and subject.both is not None:
+            calls = [(subject.both, (COND, UNCOND) if subject.cond_row == 0 else (UNCOND, COND))]
+        elif guidance == "CFG+DG":
+            calls.append((subject.uncond, (UNCOND,)))
 
-        def begin(call: Call, rows: list[int], labels: tuple[str, ...], branches: list[Perturbation]) -> None:
-            engine.begin(branches, rows, labels, [1.0] * len(labels), (), call)
+        def begin(arguments: Arguments, labels: tuple[str, ...]) -> None:
+            engine.begin(branch if COND in labels else [], Call(anatomy, arguments, labels=labels))
 
         def step() -> None:
-            for call, rows, labels, branches in calls:
-                begin(call, rows, labels, branches)
-                subject.model(**call)
-                engine.finish((), call)
+            for arguments, labels in calls:
+                begin(arguments, labels)
+                subject.model(**arguments)
+                engine.finish((), arguments)
 
         with engine.attached():
             begin(*calls[0])  # attaches the engine's hooks, once for all steps of a sampling run

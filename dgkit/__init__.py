@@ -4,12 +4,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dgkit.disruption import disrupt
     from dgkit.gates import gate_agreement, residual_gates
     from dgkit.guidance.calibrate import calibrate
     from dgkit.guidance.guide import detail_guidance, guide
     from dgkit.guidance.modular import DetailGuidance
-    from dgkit.hooks import disrupt, record
     from dgkit.massive import detect_massive
+    from dgkit.recording import record
     from dgkit.zoo import load
 
 # imported on first use: torch and diffusers take seconds, and `dgkit --help` needs neither
@@ -18,11 +19,11 @@ _HOMES = {
     "calibrate": "guidance",
     "detail_guidance": "guidance",
     "detect_massive": "massive",
-    "disrupt": "hooks",
+    "disrupt": "disruption",
     "gate_agreement": "gates",
     "guide": "guidance",
     "load": "zoo",
-    "record": "hooks",
+    "record": "recording",
     "residual_gates": "gates",
 }
 

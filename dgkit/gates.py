@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dgkit.anatomy import DEGRADED
 from dgkit.errors import ModelError
-from dgkit.hooks import Trace
+from dgkit.recording import Trace
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from dgkit.errors import DgkitError
-from dgkit.hooks import Trace
+from dgkit.checks import integer, number, one_of
+from dgkit.recording import Trace
 
 CRITERIA = ("ratio", "sun", "top_k")
 
@@ -80,15 +80,12 @@ def detect_massive(
     Raises:
         DgkitError: unknown criterion, threshold out of range, or an empty trace.
     """
-    if criterion not in CRITERIA:
-        raise DgkitError(f"criterion={criterion!r} is not allowed: use one of {', '.join(CRITERIA)}")
-    for name, value, low in (("ratio", ratio, 1), ("magnitude", magnitude, 0), ("relative", relative, 1)):
-        if not isinstance(value, int | float) or not value > low:
-            raise DgkitError(f"{name}={value!r} is not allowed: give a number above {low}")
-    if not isinstance(share, int | float) or not 0 <= share <= 1:
-        raise DgkitError(f"share={share!r} is not allowed: give a number from 0 to 1")
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= trace.anatomy.channels:
-        raise DgkitError(f"k={k!r} is not allowed: give an integer from 1 to {trace.anatomy.channels}")
+    one_of("criterion", criterion, CRITERIA)
+    number("ratio", ratio, above=1)
+    number("magnitude", magnitude, above=0)
+    number("relative", relative, above=1)
+    number("share", share, 0, 1)
+    integer("k", k, 1, trace.anatomy.channels)
 
     mean, largest = trace.mean_abs(label, timestep), trace.max_abs(label, timestep)
     token_share = trace.token_share(label, timestep)

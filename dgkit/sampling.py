@@ -9,6 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from dgkit.anatomy import pipeline_row
+from dgkit.checks import integer, number
 from dgkit.errors import DgkitError
 from dgkit.paths import DATA
 from dgkit.zoo import row_of
@@ -61,11 +62,9 @@ def generate(
     call = dict(model.call if model else {}) | call
     if isinstance(conditions, str) or len(conditions) == 0 or len(conditions) != len(seeds):
         raise DgkitError(f"give one seed per condition, got {len(conditions)} conditions and {len(seeds)} seeds")
-    for name, value in (("num_inference_steps", num_inference_steps), ("batch_size", batch_size)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise DgkitError(f"{name}={value!r} is not allowed: give an integer, 1 or above")
-    if not isinstance(guidance_scale, int | float) or not np.isfinite(guidance_scale) or guidance_scale < 1:
-        raise DgkitError(f"guidance_scale={guidance_scale!r} is not allowed: give a number from 1 (no CFG) up")
+    integer("num_inference_steps", num_inference_steps, 1)
+    integer("batch_size", batch_size, 1)
+    number("guidance_scale", guidance_scale, 1, allowed="give a number from 1 (no CFG) up")
     parts = []
     for start in range(0, len(conditions), batch_size):
         batch = slice(start, start + batch_size)

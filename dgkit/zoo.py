@@ -1,7 +1,7 @@
 """The models that dgkit knows by name: where they come from, what they need, and the paper's settings for them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -235,3 +235,28 @@ def preset_of(target: Any) -> Preset | None:
     """The preset of the model that a pipeline, transformer or anatomy is, if it has a row."""
     row = row_of(target)
     return row.preset if row else None
+
+
+def settings_for(
+    target: Any,
+    *,
+    block: Any = None,
+    dims: Any = None,
+    scale: Any = None,
+    scale_with_cfg: Any = None,
+    guidance_scale: float | None = None,
+) -> Preset:
+    """The settings for a pipeline, transformer or anatomy: what is given, else those of the model's preset.
+
+    A `scale` that is given stands for `scale_with_cfg` as well. What is neither given nor stated by a preset is None;
+    `guidance_scale` is then 4, the paper's for SD3.
+    """
+    given = {
+        "block": block,
+        "dims": dims,
+        "scale": scale,
+        "scale_with_cfg": scale if scale_with_cfg is None else scale_with_cfg,
+        "guidance_scale": guidance_scale,
+    }
+    known = preset_of(target) or Preset(None, None, None, None, 4.0, 28, "no preset")
+    return replace(known, **{name: value for name, value in given.items() if value is not None})

@@ -24,9 +24,9 @@ from dgbook.measures.classifier import accuracy, load_classifier
 from dgbook.measures.stats import LEVEL, RESAMPLES, Interval, wilson
 from dgkit.errors import DgkitError
 from dgkit.gates import gate_agreement
-from dgkit.hooks import Trace, record
 from dgkit.massive import channel_ratio
 from dgkit.paths import DATA
+from dgkit.recording import Trace, record
 from dgkit.sampling import generate
 from training.dit import Recipe, loss_on_test_images
 from training.loop import device

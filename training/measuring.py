@@ -18,8 +18,8 @@ from dgbook.measures.judges import judge_of
 from dgbook.measures.spectrum import sharpness
 from dgkit.errors import DgkitError, LoadError
 from dgkit.guidance import detail_guidance
-from dgkit.hooks import record
 from dgkit.massive import channel_ratio
+from dgkit.recording import record
 from dgkit.sampling import generate
 
 CALIBRATION_SEED = 900_000_000

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 
-from dgkit.hooks import record
 from dgkit.paths import DATA
+from dgkit.recording import record
 from training import dit, flow
 from training.ladder import largest_of_blocks
 from training.text_quality import loss_on_tiles

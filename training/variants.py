@@ -24,7 +24,7 @@ from diffusers import DiffusionPipeline
 from dgbook.measures.matcher import load_matcher, matching_score
 from dgbook.pages.variants import FOLDER, SHIPPED, VARIANTS
 from dgkit.errors import DgkitError
-from dgkit.hooks import record
+from dgkit.recording import record
 from dgkit.sampling import generate
 from dgkit.zoo import MODELS
 from training import flow, text_quality

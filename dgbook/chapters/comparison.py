@@ -16,7 +16,22 @@ from dgbook.measures.judges import Judge, judge_of
 from dgbook.measures.spectrum import sharpness
 from dgkit.anatomy import dissect, pipeline_row
 from dgkit.errors import DgkitError
-from dgkit.guidance import METHODS, Method, Reuse, guide
+from dgkit.guidance import (
+    APG,
+    CFG,
+    DG,
+    PAG,
+    SEG,
+    SLG,
+    TPG,
+    Autoguidance,
+    BlockDrop,
+    CFGPlusPlus,
+    CFGZeroStar,
+    Method,
+    Reuse,
+    guide,
+)
 
 ENOUGH_FOR_FRECHET = 150  # images, for the judges' 64 or 48 features; below, the distance is mostly bias
 BRANCH_SCALES = (0.1, 0.3, 1.0)  # w
@@ -47,21 +62,21 @@ def entries(pipe: Any, guidance_scale: float, block: int, dims: Sequence[int], s
     """
     s, velocity = guidance_scale, pipeline_row(pipe).velocity
     beside: dict[str, Method] = {
-        "DG": METHODS["dg"](scale=1.0, block=block, dims=dims),  # type: ignore[call-arg]
-        "PAG": METHODS["pag"](scale=1.0),
-        "SEG": METHODS["seg"](scale=1.0),
-        "SLG": METHODS["slg"](scale=1.0),
-        "token shuffling": METHODS["tpg"](scale=1.0),
-        "block drop": METHODS["block-drop"](scale=1.0),
+        "DG": DG(scale=1.0, block=block, dims=dims),
+        "PAG": PAG(scale=1.0),
+        "SEG": SEG(scale=1.0),
+        "SLG": SLG(scale=1.0),
+        "token shuffling": TPG(scale=1.0),
+        "block drop": BlockDrop(scale=1.0),
     }
     worse = worse_copy(pipe, seed)
     if worse is not None:
-        beside["autoguidance"] = METHODS["autoguidance"](scale=1.0, bad=worse)  # type: ignore[call-arg]
+        beside["autoguidance"] = Autoguidance(scale=1.0, bad=worse)
     instead: dict[str, tuple[Method, tuple[float, ...]]] = {
-        "CFG, middle steps": (METHODS["cfg"](scale=s, start=0.25, stop=0.75), CFG_SCALES),
-        "APG": (METHODS["apg"](scale=s), CFG_SCALES),
-        "CFG++": (METHODS["cfg++"](scale=0.5), (0.3, 0.5, 0.8)),
-        "CFG-Zero*": (METHODS["cfg-zero*"](scale=s, zero_steps=int(velocity)), CFG_SCALES),  # type: ignore[call-arg]
+        "CFG, middle steps": (CFG(scale=s, start=0.25, stop=0.75), CFG_SCALES),
+        "APG": (APG(scale=s), CFG_SCALES),
+        "CFG++": (CFGPlusPlus(scale=0.5), (0.3, 0.5, 0.8)),
+        "CFG-Zero*": (CFGZeroStar(scale=s, zero_steps=int(velocity)), CFG_SCALES),
     }
     return (
         {"none": Entry(None, 1.0), BASELINE: Entry(None, s, CFG_SCALES)}
@@ -261,7 +276,7 @@ def reuse_values(
     images: dict[str, NDArray[np.uint8]] = {}
     values: dict[str, Any] = {}
     for name, reuse in REUSES.items():
-        with guide(pipe, METHODS["dg"](scale=w, block=block, dims=dims, reuse=reuse)) as guidance:  # type: ignore[call-arg]
+        with guide(pipe, DG(scale=w, block=block, dims=dims, reuse=reuse)) as guidance:
             images[name] = run.images(pipe)
         values[f"{name}.reuse_cost"] = guidance.cost.block_evaluations / alone
     full = images["every step"]

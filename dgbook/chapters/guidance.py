@@ -15,9 +15,9 @@ from dgbook.chapters.sampling import Images, Samples
 from dgbook.measures.judges import Judge
 from dgbook.measures.stats import Interval
 from dgkit.anatomy import dissect
-from dgkit.guidance import METHODS, Method
+from dgkit.guidance import DG, SEG, Autoguidance, Method
 from dgkit.guidance import guide as guided_by
-from dgkit.zoo import preset_of
+from dgkit.zoo import settings_for
 
 
 @dataclass
@@ -47,7 +47,7 @@ def guide(pipe: Any, run: Samples, setting: Setting) -> GuidedRun:
     if method is None and setting.w == 0:
         return GuidedRun(run.images(pipe, setting.guidance_scale), 1.0, evaluations)
     if method is None:
-        method = METHODS["dg"](scale=setting.w, block=setting.block, dims=setting.dims)  # type: ignore[call-arg]
+        method = DG(scale=setting.w, block=setting.block, dims=setting.dims)
     with guided_by(pipe, method) as guided:
         images = run.images(pipe, setting.guidance_scale)
     return GuidedRun(images, guided.cost.ratio, guided.cost.block_evaluations)
@@ -55,20 +55,15 @@ def guide(pipe: Any, run: Samples, setting: Setting) -> GuidedRun:
 
 def dg_scales(pipe: Any, scale: float | None) -> tuple[float, float]:
     """w without and beside CFG: as given for both, else the model's preset, else 1."""
-    preset = preset_of(pipe)
-    if scale is not None:
-        return scale, scale
-    if preset is None or preset.scale is None or preset.scale_with_cfg is None:
+    known = settings_for(pipe, scale=scale)
+    if known.scale is None or known.scale_with_cfg is None:
         return 1.0, 1.0
-    return preset.scale, preset.scale_with_cfg
+    return known.scale, known.scale_with_cfg
 
 
 def cfg_scale(pipe: Any, guidance_scale: float | None) -> float:
     """s of CFG: as given, else the model's preset, else 4, the paper's for SD3."""
-    preset = preset_of(pipe)
-    if guidance_scale is not None:
-        return guidance_scale
-    return preset.guidance_scale if preset else 4.0
+    return settings_for(pipe, guidance_scale=guidance_scale).guidance_scale
 
 
 def guide_all(pipe: Any, run: Samples, settings: Mapping[Any, Setting]) -> dict[Any, GuidedRun]:
@@ -117,10 +112,10 @@ def control_settings(pipe: Any, w: float, seed: int) -> dict[str, Setting]:
 
     "blurred": the attention of the middle block with blurred queries (SEG); "autoguidance": see `worse_copy`.
     """
-    settings = {"blurred": Setting(method=METHODS["seg"](scale=w))}
+    settings = {"blurred": Setting(method=SEG(scale=w))}
     worse = worse_copy(pipe, seed)
     if worse is not None:
-        settings["autoguidance"] = Setting(method=METHODS["autoguidance"](scale=w, bad=worse))  # type: ignore[call-arg]
+        settings["autoguidance"] = Setting(method=Autoguidance(scale=w, bad=worse))
     return settings
 
 

@@ -15,8 +15,8 @@ from dgbook.measures.judges import Judge
 from dgbook.measures.spectrum import band_error, high_frequency_energy, radial_power_spectrum, sharpness
 from dgbook.measures.stats import Interval
 from dgkit.anatomy import Anatomy, dissect
+from dgkit.disruption import disrupt, make_edit
 from dgkit.errors import DgkitError
-from dgkit.hooks import disrupt, make_edit
 
 
 def left_half(pipe: Any, run: Samples) -> list[int]:

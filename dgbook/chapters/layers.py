@@ -8,9 +8,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from dgbook.chapters.sampling import Samples, observe, side_of_square
-from dgkit.hooks import Trace
 from dgkit.massive import Massive, channel_ratio
 from dgkit.paths import DATA
+from dgkit.recording import Trace
 
 
 def layer_values(trace: Trace, massive: Massive, threshold: float) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from dgbook.claims.results import references
 from dgbook.measures import stats
 from dgbook.measures.spectrum import sharpness
 from dgkit.anatomy import dissect
-from dgkit.guidance import METHODS
-from dgkit.hooks import Trace
+from dgkit.guidance import DG
+from dgkit.recording import Trace
 
 CFG, OURS = "CFG alone", "as in this book"
 
@@ -40,7 +40,7 @@ def settings(
         # at least 1, which is no CFG: s = lambda has no smaller value
         s = max(1.0, changed.pop("guidance_scale", guidance_scale))
         options: dict[str, Any] = {"scale": w, "block": block, "dims": list(dims)} | changed
-        return Setting(s, method=METHODS["dg"](**options))
+        return Setting(s, method=DG(**options))
 
     ordered = trace.mean_abs()[block].argsort(descending=True).tolist()
     other = next(dim for dim in ordered if dim not in dims)

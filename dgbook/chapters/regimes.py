@@ -13,8 +13,9 @@ import pandas as pd
 from dgbook.chapters.intervention import contrast, image_effects, summarise
 from dgbook.chapters.sampling import Samples
 from dgbook.measures.judges import Judge
+from dgkit.disruption import disrupt
 from dgkit.errors import DgkitError
-from dgkit.hooks import Trace, disrupt
+from dgkit.recording import Trace
 
 STEPS = {"all steps": (0.0, 1.0), "first half": (0.0, 0.5), "second half": (0.5, 1.0)}
 NOTHING, DETAIL, COLLAPSE, UNDECIDED = "almost nothing", "detail only", "content lost", "undecided"

@@ -9,10 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dgkit.errors import DgkitError
-from dgkit.hooks import Trace, record
-from dgkit.massive import detect_massive
+from dgkit.guidance.calibrate import locate
+from dgkit.recording import Trace, record
 from dgkit.sampling import generate, own_conditions
-from dgkit.zoo import preset_of
+from dgkit.zoo import settings_for
 
 Images = NDArray[np.uint8]
 
@@ -82,18 +82,10 @@ def condition_names(pipe: Any, conditions: Sequence[Any]) -> list[str]:
 
 
 def subject(trace: Trace, block: int | None, dims: Sequence[int] | None) -> tuple[int, list[int]]:
-    """The block and dims to study: as given, else the model's preset, else what the trace shows.
-
-    Without a preset, the block is a quarter of the way in (SD3's 6 of 24), and the dims are those massive in that
-    block, or its largest channel when none is.
-    """
-    preset = preset_of(trace.anatomy)
-    if block is None:
-        block = preset.block if preset and preset.block is not None else len(trace.anatomy.blocks) // 4
-    if dims is None:
-        found = detect_massive(trace).in_block(block) or detect_massive(trace, "top_k").in_block(block)
-        dims = preset.dims if preset and preset.dims else found
-    return trace.anatomy.block(block).index, trace.anatomy.dims(list(dims))
+    """The block and dims to study: as given, else the model's preset, else what the trace shows (see `locate`)."""
+    known = settings_for(trace.anatomy, block=block, dims=dims)
+    found = locate(trace, known.block, known.dims)
+    return found.block, found.dims
 
 
 def observe(

@@ -7,7 +7,7 @@ from typing import Any
 from dgbook.measures import stats
 from dgbook.measures.stats import Interval
 from dgkit.gates import gate_agreement
-from dgkit.hooks import Trace
+from dgkit.recording import Trace
 
 
 def timestep_shares(trace: Trace, conditions: Sequence[Any], block: int) -> dict[int, dict[str, Interval]]:

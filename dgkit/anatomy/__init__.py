@@ -1,18 +1,10 @@
 """What dgkit knows about the insides of diffusers' transformers and pipelines. Nothing else in the package does."""
 
-from dgkit.anatomy.pipelines import (
-    COND,
-    DEGRADED,
-    PIPELINES,
-    UNCOND,
-    UNKNOWN,
-    RowLabels,
-    Step,
-    calling_pipeline,
-    pipeline_row,
-    step_of,
-)
-from dgkit.anatomy.transformers import TRANSFORMERS, Anatomy, Block, Call, Gate, Stack, dissect
+from dgkit.anatomy.calls import Call, CallReader, Pass, Step, calling_pipeline, degraded_pass
+from dgkit.anatomy.dissection import Anatomy, Block, dissect
+from dgkit.anatomy.gates import Gate
+from dgkit.anatomy.pipelines import COND, DEGRADED, PIPELINES, UNCOND, UNKNOWN, pipeline_row
+from dgkit.anatomy.transformers import TRANSFORMERS, Stack, Transformer
 
 __all__ = [
     "COND",
@@ -24,12 +16,14 @@ __all__ = [
     "Anatomy",
     "Block",
     "Call",
+    "CallReader",
     "Gate",
-    "RowLabels",
-    "Step",
+    "Pass",
     "Stack",
+    "Step",
+    "Transformer",
     "calling_pipeline",
+    "degraded_pass",
     "dissect",
     "pipeline_row",
-    "step_of",
 ]

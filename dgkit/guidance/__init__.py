@@ -2,17 +2,30 @@
 
 from typing import TYPE_CHECKING, Any
 
-from dgkit.guidance.branches import SHARING, Cost, Engine, Perturbation
+from dgkit.guidance.baselines import APG, CFG, PAG, SEG, SLG, TPG, Autoguidance, BlockDrop, CFGPlusPlus, CFGZeroStar
 from dgkit.guidance.calibrate import Calibration, calibrate
+from dgkit.guidance.dg import DG
+from dgkit.guidance.engine import SHARING, Cost, Engine, Perturbation
 from dgkit.guidance.guide import Guidance, detail_guidance, guide
-from dgkit.guidance.methods import METHODS, Method, Reuse
+from dgkit.guidance.methods import Method, Reuse
 
 if TYPE_CHECKING:
     from dgkit.guidance.modular import DetailGuidance
 
 __all__ = [
+    "APG",
+    "CFG",
+    "DG",
     "METHODS",
+    "PAG",
+    "SEG",
     "SHARING",
+    "SLG",
+    "TPG",
+    "Autoguidance",
+    "BlockDrop",
+    "CFGPlusPlus",
+    "CFGZeroStar",
     "Calibration",
     "Cost",
     "DetailGuidance",
@@ -25,6 +38,12 @@ __all__ = [
     "detail_guidance",
     "guide",
 ]
+
+METHODS: dict[str, type[Method]] = {
+    method.name: method
+    for method in (DG, PAG, SEG, SLG, TPG, BlockDrop, Autoguidance, CFG, APG, CFGPlusPlus, CFGZeroStar)
+}
+"""All methods by the names that job files give them."""
 
 
 def __getattr__(name: str) -> Any:

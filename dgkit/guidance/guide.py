@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dgkit.anatomy import COND, UNCOND, Call, RowLabels, calling_pipeline, dissect, pipeline_row
+from dgkit.anatomy import COND, UNCOND, Call, CallReader, calling_pipeline, dissect, pipeline_row
+from dgkit.checks import refuse
 from dgkit.errors import DgkitError, ModelError
-from dgkit.guidance.branches import Cost, Engine
-from dgkit.guidance.methods import DG, Branching, Combining, Method, Now, Reuse, Scale
+from dgkit.guidance.dg import DG
+from dgkit.guidance.engine import Cost, Engine
+from dgkit.guidance.methods import Branching, Combining, Method, Reuse, Scale
 
 guided_transformers: WeakSet[nn.Module] = WeakSet()
 
@@ -25,12 +27,10 @@ class Guidance:
     Attributes:
         methods: with everything filled in that was left out or looked for.
         cost: block evaluations so far.
-        chosen: what sharing="auto" chose, by shape of the latents and branches.
     """
 
     methods: list[Method]
     cost: Cost
-    chosen: dict[tuple[int, ...], str]
 
     @property
     def dg(self) -> DG:
@@ -51,7 +51,7 @@ def guide(pipe: Any, *methods: Method, sharing: str = "replay") -> Iterator[Guid
     Args:
         pipe: a `StableDiffusion3Pipeline`, `FluxPipeline` or `DiTPipeline`, or one of their image-to-image and
             inpainting variants.
-        methods: any number with a branch and at most one that combines, see `dgkit.guidance.METHODS`.
+        methods: any number with a branch and at most one that combines, see `dgkit.guidance.baselines`.
         sharing: how branches share work with the ordinary pass, see `dgkit.guidance.Engine`.
 
     Raises:
@@ -61,7 +61,7 @@ def guide(pipe: Any, *methods: Method, sharing: str = "replay") -> Iterator[Guid
     row = pipeline_row(pipe)
     anatomy = dissect(pipe)
     if not methods or not all(isinstance(method, Method) for method in methods):
-        raise DgkitError(f"methods={list(methods)!r} is not allowed: give one or more of dgkit.guidance.METHODS")
+        refuse("methods", list(methods), "give one or more of dgkit.guidance.METHODS")
     if sum(isinstance(method, Combining) for method in methods) > 1:
         names = ", ".join(method.name for method in methods if isinstance(method, Combining))
         raise DgkitError(f"{names} all take the place of CFG: give one of them")
@@ -77,7 +77,7 @@ def guide(pipe: Any, *methods: Method, sharing: str = "replay") -> Iterator[Guid
         after = anatomy.model.register_forward_hook(steps.after, with_kwargs=True)
         guided_transformers.add(anatomy.model)
         try:
-            yield Guidance(bound, engine.cost, engine.chosen)
+            yield Guidance(bound, engine.cost)
             if steps.unanswered:
                 raise steps.cfg_is_off()
         finally:
@@ -114,8 +114,8 @@ def detail_guidance(
         kind, seed: how to edit them, see `dgkit.disrupt`; the paper zeroes them.
         start, stop: the part of the steps that is guided.
         reuse: take the same direction for several steps, see `Reuse`.
-        sharing: "replay" computes the blocks that both passes share once, "none" is two full passes, "fork" and "auto"
-            see `dgkit.guidance.Engine`.
+        sharing: "replay" computes the blocks that both passes share once, "none" is two full passes, "fork" see
+            `dgkit.guidance.Engine`.
 
     Yields:
         The `Guidance`: its `dg` holds the block, dims and scale that are used, its `cost` the block evaluations.
@@ -166,19 +166,15 @@ class _Steps:
         self.branching = [method for method in methods if isinstance(method, Branching)]
         self.combining = next((method for method in methods if isinstance(method, Combining)), None)
         self.batched_cfg = pipeline_row(pipe).batched_cfg
-        self.row_labels = RowLabels(pipe)
+        self.read = CallReader(pipe, engine.anatomy)
         self.memories: dict[int, _Memory] = {}  # by id of the method
         self.schedule: Tensor | None = None  # each run of a pipeline makes one
         self.ours = True  # whether the call under way is one of `pipe`
-        self.now: Now
-        self.labels: tuple[str, ...] = ()
+        self.call: Call
         self.active: list[Branching] = []
         self.computed: list[Branching] = []
         self.conditional: _Conditional | None = None
         self.unanswered = False  # a conditional call still waits for the unconditional one
-
-    def rows(self, label: str) -> list[int]:
-        return [row for row, other in enumerate(self.labels) if other == label]
 
     # not to be traced where the transformer is compiled inside the `with`
     @torch.compiler.disable
@@ -194,18 +190,15 @@ class _Steps:
         if self.schedule is not self.pipe.scheduler.timesteps:
             self.schedule = self.pipe.scheduler.timesteps
             self.memories = {}
-        call = Call.of(self.anatomy, args, kwargs)
-        self.now = Now(self.pipe, self.anatomy, call)
-        self.labels = self.row_labels(call)
-        with_cfg = UNCOND in self.labels
+        self.call = call = self.read(args, kwargs)
+        with_cfg = UNCOND in call.labels
         if with_cfg:
             self.unanswered = False
-        cond, self.active = self.rows(COND), []
-        if cond:
-            self.active = [m for m in self.branching if m.active(self.now) and m.weight(self.now, with_cfg) != 0]
+        self.active = []
+        if COND in call.labels:
+            self.active = [m for m in self.branching if m.active(call) and m.weight(call, with_cfg) != 0]
         self.computed = [method for method in self.active if self._due(method)]
-        perturbations = [method.perturbation(self.now) for method in self.computed]
-        self.engine.begin(perturbations, cond, self.labels, call.timesteps(), args, kwargs)
+        self.engine.begin([method.perturbation(call) for method in self.computed], call)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         if not self.ours:
@@ -214,7 +207,7 @@ class _Steps:
         prediction = _prediction(output)
         channels = self.anatomy.predicted_channels or prediction.shape[1]
         whole = upcast(prediction)
-        values, cond = whole[:, :channels], self.rows(COND)
+        values, cond = whole[:, :channels], self.call.rows(COND)
         if cond:
             added = self._added(values[cond], [upcast(_prediction(branch))[:, :channels] for branch in branches])
             self.conditional = _Conditional(values[cond], added, prediction)
@@ -226,7 +219,7 @@ class _Steps:
             # w (c - c_branch) on both halves: CFG, being affine with weights that sum to 1, passes it on unchanged
             guided = values + _repeated(added, len(values))
         else:
-            combined = self._combined(self.combining, c, values[self.rows(UNCOND)])
+            combined = self._combined(self.combining, c, values[self.call.rows(UNCOND)])
             # the same in both halves, which CFG's u + s (c - u) then leaves as it is
             guided = _repeated(combined if added is None else combined + added, len(values))
         result = torch.cat([guided, whole[:, channels:]], 1).to(prediction.dtype)
@@ -249,7 +242,7 @@ class _Steps:
         for method in self.active:
             direction = self._memory(method).direction
             assert direction is not None
-            part = method.weight(self.now, UNCOND in self.labels) * direction
+            part = method.weight(self.call, UNCOND in self.call.labels) * direction
             added = part if added is None else added + part
         return added
 
@@ -266,7 +259,7 @@ class _Steps:
 
     def _combined(self, method: Combining, c: Tensor, u: Tensor) -> Tensor:
         if len(u):
-            return method.combine(c, u, self.now, self._memory(method).own) if method.active(self.now) else c
+            return method.combine(c, u, self.call, self._memory(method).own) if method.active(self.call) else c
         if self.batched_cfg or self.unanswered:
             raise self.cfg_is_off()
         self.unanswered = True

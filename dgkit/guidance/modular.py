@@ -11,10 +11,11 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from dgkit.anatomy import COND, UNCOND, Call, dissect
+from dgkit.checks import integer, is_integer, number, refuse
 from dgkit.errors import DgkitError, ModelError
-from dgkit.guidance.branches import Cost, Engine
+from dgkit.guidance.dg import DG
+from dgkit.guidance.engine import Cost, Engine
 from dgkit.guidance.guide import guided_transformers, upcast
-from dgkit.guidance.methods import DG, Now
 
 _MOVED = (
     f"diffusers {diffusers.__version__} has other guiders than those of 0.42, which dgkit.DetailGuidance builds on "
@@ -89,14 +90,17 @@ class DetailGuidance(BaseGuidance):
     ) -> None:
         _require_known_guiders()
         # all of these end up in a JSON file
-        _require(_is_scale(guidance_scale), "guidance_scale", guidance_scale, "a finite number, 0 or above")
-        _require(scale is None or _is_scale(scale), "scale", scale, "a finite number, 0 or above")
+        number("guidance_scale", guidance_scale, 0, allowed="give a finite number, 0 or above")
+        if scale is not None:
+            number("scale", scale, 0, allowed="give a finite number, 0 or above")
         by_hand = " (a guider sees no pipeline to look for them with: use dgkit.calibrate)"
-        _require(block is None or _is_integer(block), "block", block, "an integer" + by_hand)
-        listed = isinstance(dims, list | tuple) and all(_is_integer(dim) for dim in dims)
-        _require(dims is None or listed, "dims", dims, "a list of channels" + by_hand)
-        _require(_is_integer(seed), "seed", seed, "an integer")
-        _require(isinstance(enabled, bool), "enabled", enabled, "True or False")
+        if block is not None:
+            integer("block", block, allowed=f"give an integer{by_hand}")
+        if dims is not None and not (isinstance(dims, list | tuple) and all(map(is_integer, dims))):
+            refuse("dims", dims, f"give a list of channels{by_hand}")
+        integer("seed", seed)
+        if not isinstance(enabled, bool):
+            refuse("enabled", enabled, "give True or False")
         self._given = DG(scale=scale, block=block, dims=dims, kind=kind, seed=seed, start=start, stop=stop)
         super().__init__(start, stop, enabled)
         _require_known_guiders(self)
@@ -104,7 +108,6 @@ class DetailGuidance(BaseGuidance):
         self.sharing = sharing
         self.dg: DG | None = None
         self.cost = Cost()
-        self.chosen: dict[tuple[int, ...], str] = {}
         self._engine: Engine | None = None  # of the step under way
         self._degraded: Any = None  # the transformer's output with c_m, from the call for c to the loop's own
         self._delivered = False
@@ -186,7 +189,7 @@ class DetailGuidance(BaseGuidance):
         anatomy = dissect(denoiser)
         self.dg = self._given.bound(None, anatomy)
         self._engine = Engine(anatomy, self.sharing)
-        self._engine.cost, self._engine.chosen = self.cost, self.chosen
+        self._engine.cost = self.cost
         self._degraded, self._delivered = None, False
 
     def _followed(self, label: str, degrade: bool) -> Callable[..., Any]:
@@ -196,9 +199,8 @@ class DetailGuidance(BaseGuidance):
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             call = Call.of(engine.anatomy, args, kwargs)
-            branches = [dg.perturbation(Now(None, engine.anatomy, call))] if degrade else []
-            rows = list(range(call.batch))
-            engine.begin(branches, rows, (label,) * call.batch, call.timesteps(), args, kwargs)
+            call.labels = (label,) * call.batch
+            engine.begin([dg.perturbation(call)] if degrade else [], call)
 
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
             for branch in engine.finish(args, kwargs):
@@ -278,16 +280,3 @@ def _require_known_guiders(guider: Any = None) -> None:
     for name in _STATE if guider is not None else ():
         if not hasattr(guider, name):
             raise ModelError(f"{_MOVED} (BaseGuidance has no {name})")
-
-
-def _require(allowed: bool, argument: str, value: Any, what: str) -> None:
-    if not allowed:
-        raise DgkitError(f"{argument}={value!r} is not allowed: give {what}")
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_scale(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value >= 0

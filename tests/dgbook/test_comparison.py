@@ -24,7 +24,7 @@ from dgbook.chapters.comparison import (
 from dgbook.claims.results import Record
 from dgbook.measures.judges import FashionJudge, judge_of, tile_captions
 from dgkit.errors import DgkitError
-from dgkit.guidance import METHODS
+from dgkit.guidance import METHODS, PAG
 from tests.tiny_models import build, pipeline, sample
 from training import autoencoder, flow
 
@@ -59,7 +59,7 @@ def test_steps_make_the_costs_equal(pipe: Any, run: chapters.Samples) -> None:
 def test_scales_are_set_where_each_method_has_them() -> None:
     plain = Entry(None, 4.0, (2.0,))
     assert plain.at(2.0).guidance_scale == 2.0
-    beside = Entry(METHODS["pag"](scale=1.0), 4.0, (0.1,)).at(0.1)
+    beside = Entry(PAG(scale=1.0), 4.0, (0.1,)).at(0.1)
     assert beside.guidance_scale == 4.0 and beside.method is not None and beside.method.scale == 0.1
 
 

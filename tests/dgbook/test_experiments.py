@@ -24,7 +24,7 @@ from dgbook.measures.stats import Interval
 from dgkit import guidance, zoo
 from dgkit.anatomy import dissect
 from dgkit.errors import DgkitError
-from dgkit.guidance import METHODS
+from dgkit.guidance import SEG, Autoguidance
 from dgkit.massive import Massive
 from dgkit.paths import DATA
 from dgkit.sampling import generate
@@ -627,10 +627,10 @@ def test_guidance_values():
 def test_controls_of_detail_guidance(pipe, run):
     settings = chapters.control_settings(pipe, 1.5, seed=3)
     runs = chapters.guide_all(pipe, run, settings)
-    with guidance.guide(pipe, METHODS["seg"](scale=1.5)):
+    with guidance.guide(pipe, SEG(scale=1.5)):
         assert np.array_equal(runs["blurred"].images, run.images(pipe, 1.0))
     worse = chapters.noisy_copy(pipe.transformer, 3)
-    with guidance.guide(pipe, METHODS["autoguidance"](scale=1.5, bad=worse)):
+    with guidance.guide(pipe, Autoguidance(scale=1.5, bad=worse)):
         assert np.array_equal(runs["autoguidance"].images, run.images(pipe, 1.0))
     images = random_images()
     runs = {name: GuidedRun(images) for name in ("none", "CFG", "CFG+DG", "blurred", "autoguidance")}

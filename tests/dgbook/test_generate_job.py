@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 from dgbook.paper_scale.generate.job import Job, read_conditions, read_json
 from dgkit.errors import DgkitError
-from dgkit.guidance import METHODS
-from dgkit.guidance.methods import APG, DG, Reuse
+from dgkit.guidance import APG, DG, METHODS, Reuse
 from tests.fake_images import job
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import dgkit
 from dgkit.anatomy import TRANSFORMERS, Block, Call, dissect
+from dgkit.disruption import make_edit
 from dgkit.errors import DgkitError, ModelError
-from dgkit.hooks import make_edit
 from tests.tiny_models import ALL_CLASSES, STREAMS, TEXT, build, image_slice, inputs, streams
 
 SIDE = 2  # image tokens along one side

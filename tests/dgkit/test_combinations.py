@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import dgkit
 from dgkit.errors import DgkitError, ModelError
-from dgkit.guidance import METHODS
+from dgkit.guidance import APG, CFG, DG, METHODS, PAG
 from tests.tiny_models import CLASSES, TEXT, autoencoder, inputs, pipeline, prompts, sample
 
 W, BLOCK, DIMS = 1.5, 1, [2, 9]
@@ -271,15 +271,15 @@ def test_changed_models_are_guided_as_by_plain_hooks(
 
 def test_perturbed_attention_needs_the_native_attention(attention_backend_comes_back: None) -> None:
     pipe = pipeline("flux")
-    with dgkit.guidance.guide(pipe, METHODS["pag"](scale=1.0)):
+    with dgkit.guidance.guide(pipe, PAG(scale=1.0)):
         expected = sample(pipe, "flux", steps=2)
     pipe.transformer.set_attention_backend("_native_math")
-    with no_trace(pipe, "flux"), dgkit.guidance.guide(pipe, METHODS["pag"](scale=1.0)):
+    with no_trace(pipe, "flux"), dgkit.guidance.guide(pipe, PAG(scale=1.0)):
         assert distance(sample(pipe, "flux", steps=2), expected) <= 1e-5
     pipe.transformer.set_attention_backend("flex")
     with (
         pytest.raises(ModelError, match="use the native attention backend"),
-        dgkit.guidance.guide(pipe, METHODS["pag"](scale=1.0)),
+        dgkit.guidance.guide(pipe, PAG(scale=1.0)),
     ):
         sample(pipe, "flux", steps=1)
 
@@ -547,9 +547,9 @@ def test_same_latents_twice_in_one_step() -> None:
 def test_memory_ends_with_the_run(method: str) -> None:
     """An interrupted run, then one that starts at a lower noise level, as image-to-image does."""
     if method == "apg":
-        chosen = METHODS["apg"](scale=3.0, norm=2.0)
+        chosen = APG(scale=3.0, norm=2.0)
     else:
-        chosen = METHODS["dg"](scale=W, block=BLOCK, dims=DIMS, reuse=dgkit.guidance.Reuse(10))
+        chosen = DG(scale=W, block=BLOCK, dims=DIMS, reuse=dgkit.guidance.Reuse(10))
     late = {"sigmas": [0.5, 0.3, 0.1]}
     pipe = pipeline("flux")
 
@@ -567,7 +567,7 @@ def test_memory_ends_with_the_run(method: str) -> None:
 def test_cfg_that_is_off_is_noticed_after_one_step() -> None:
     pipe = pipeline("flux")
     with pytest.raises(DgkitError, match="cfg takes the place of CFG, which is off"):  # noqa: SIM117
-        with dgkit.guidance.guide(pipe, METHODS["cfg"]()):
+        with dgkit.guidance.guide(pipe, CFG()):
             run(pipe, "flux", s=1.0, num_inference_steps=1)
     assert not pipe.transformer._forward_hooks
 
@@ -638,7 +638,7 @@ def test_an_exception_does_not_reach_another_pipeline(sharing: str) -> None:
 
 def test_an_exception_between_conditional_and_unconditional_pass() -> None:
     pipe = pipeline("flux")
-    with dgkit.guidance.guide(pipe, METHODS["cfg"](scale=3.0)):
+    with dgkit.guidance.guide(pipe, CFG(scale=3.0)):
         expected = run(pipe, "flux")
         handle = in_pass(pipe.transformer, 2, KeyboardInterrupt)
         with pytest.raises(KeyboardInterrupt):
@@ -710,9 +710,9 @@ def test_variants_are_guided_as_by_plain_hooks(kind: str, s: float) -> None:
         with guided(pipe, sharing=sharing):
             assert distance(images(), expected) <= 1e-5, sharing
     if s > 1:
-        with dgkit.guidance.guide(pipe, METHODS["cfg"](scale=s)):
+        with dgkit.guidance.guide(pipe, CFG(scale=s)):
             assert distance(images(), plain) <= 1e-5, "the same method in CFG's place"
-        with dgkit.guidance.guide(pipe, METHODS["apg"](scale=s, norm=2.0)):
+        with dgkit.guidance.guide(pipe, APG(scale=s, norm=2.0)):
             if config.get("in_channels") == 33:
                 with pytest.raises(ModelError, match="space='prediction'"):
                     images()

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import dgkit
-from dgkit.anatomy import dissect
+from dgkit.anatomy import COND, Call, dissect
+from dgkit.disruption import make_edit
 from dgkit.errors import DgkitError, ModelError
 from dgkit.guidance import Engine, Perturbation
-from dgkit.hooks import make_edit
 from tests.tiny_models import ALL_CLASSES, CLASSES, build, inputs, pipeline, prompts, sample
 
 
@@ -42,9 +42,9 @@ def predicted(output: Any) -> Tensor:
 def branched(model: nn.Module, call: dict[str, Any], sharing: str, *perturbations: Perturbation) -> list[Tensor]:
     """The ordinary prediction and those of the branches, and a check that the ordinary one is left alone."""
     engine, batch = Engine(dissect(model), sharing), len(next(iter(call.values())))
-    rows, plain = list(range(batch)), predicted(model(**call))
+    plain = predicted(model(**call))
     with engine.attached():
-        engine.begin(perturbations, rows, ("unknown",) * batch, [1.0] * batch, (), call)
+        engine.begin(perturbations, Call(engine.anatomy, call, labels=(COND,) * batch))
         output = predicted(model(**call))
         branches = [predicted(branch) for branch in engine.finish((), call)]
     close = (output - plain).abs().max() <= 1e-5 * plain.abs().max()
@@ -124,7 +124,7 @@ def test_block_evaluations_are_what_runs(name: str) -> None:
             engine, counted[0] = Engine(anatomy, sharing), 0
             with engine.attached():
                 p = Perturbation(edits={index: make_edit(anatomy, [0])})
-                engine.begin([p], list(range(batch)), ("unknown",) * batch, [1.0] * batch, (), call)
+                engine.begin([p], Call(anatomy, call, labels=(COND,) * batch))
                 model(**call)
                 engine.finish((), call)
             assert engine.cost.block_evaluations == counted[0]

@@ -13,9 +13,24 @@ from torch import Tensor, nn
 
 import dgkit
 from dgkit.anatomy import dissect
+from dgkit.disruption import make_edit
 from dgkit.errors import DgkitError, ModelError
-from dgkit.guidance import METHODS, Method, Reuse
-from dgkit.hooks import make_edit
+from dgkit.guidance import (
+    APG,
+    CFG,
+    DG,
+    METHODS,
+    PAG,
+    SEG,
+    SLG,
+    TPG,
+    Autoguidance,
+    BlockDrop,
+    CFGPlusPlus,
+    CFGZeroStar,
+    Method,
+    Reuse,
+)
 from tests.tiny_models import CLASSES, build, pipeline, prompts, sample
 
 STEPS = 3
@@ -123,7 +138,7 @@ def test_slg_skips_blocks(name: str, s: float) -> None:
         return u + s * (c - u) + w * (c - perturbed(naive, skip([1, 2] if name != "flux" else [1, 3]), x, t))
 
     blocks = [1, 2] if name != "flux" else [1, 3]
-    ours = guided(pipe, name, METHODS["slg"](scale=w, blocks=blocks), s=s)
+    ours = guided(pipe, name, SLG(scale=w, blocks=blocks), s=s)
     assert (ours - Naive(pipe, name).run(formula)).abs().max() <= 2e-5
     assert (ours - sample(pipe, name, guidance_scale=s)).abs().max() > 1e-3
 
@@ -136,7 +151,7 @@ def test_slg_is_the_skip_layer_guidance_of_diffusers_sd3_pipeline() -> None:
         skip_guidance_layers=[1], skip_layer_guidance_scale=2.8, skip_layer_guidance_start=-0.01,
         skip_layer_guidance_stop=1.01,
     ).images  # fmt: skip
-    ours = guided(pipe, "sd3", METHODS["slg"](scale=2.8, blocks=[1]))
+    ours = guided(pipe, "sd3", SLG(scale=2.8, blocks=[1]))
     assert (ours - official).abs().max() <= 2e-5
 
 
@@ -208,7 +223,7 @@ def test_pag_on_self_attention_alone_returns_the_values() -> None:
 
 @pytest.mark.parametrize("sigma", [0.7, 2.0])
 def test_seg_blur_is_a_gaussian_over_the_image(sigma: float) -> None:
-    method = METHODS["seg"](sigma=sigma)
+    method = SEG(sigma=sigma)
     impulse = torch.zeros(1, 1, 225, 1)
     impulse[0, 0, 112] = 1.0
     blurred = method._blurred(impulse).reshape(15, 15)
@@ -222,7 +237,7 @@ def test_seg_blur_is_a_gaussian_over_the_image(sigma: float) -> None:
 @pytest.mark.parametrize("name", CLASSES)
 def test_tpg_shuffles_tokens_and_block_drop_skips_others_each_step(name: str) -> None:
     pipe = pipeline(name)
-    for method, kind in ((METHODS["tpg"](scale=2.0, blocks=[1], seed=3), "tpg"), (METHODS["block-drop"](), "drop")):
+    for method, kind in ((TPG(scale=2.0, blocks=[1], seed=3), "tpg"), (BlockDrop(), "drop")):
         first, again = guided(pipe, name, method), guided(pipe, name, method)
         assert torch.equal(first, again), f"{kind} depends on its seed alone"
         other = guided(pipe, name, type(method)(**{**vars(method), "seed": 11}))
@@ -236,8 +251,8 @@ def test_tpg_shuffles_tokens_and_block_drop_skips_others_each_step(name: str) ->
 def test_the_middle_block_is_the_default_unless_it_is_a_stacks_first(name: str, depth: int, expected: int) -> None:
     """Flux of depth d has d - 1 double and d single blocks, so that block d - 1, the middle one, is a first."""
     anatomy = dissect(build(name, depth=depth))
-    assert METHODS["slg"]().bound(None, anatomy).blocks == (expected,)
-    assert METHODS["pag"](blocks=[1, 0, 1]).bound(None, anatomy).blocks == (0, 1)
+    assert SLG().bound(None, anatomy).blocks == (expected,)
+    assert PAG(blocks=[1, 0, 1]).bound(None, anatomy).blocks == (0, 1)
 
 
 def test_tpg_keeps_every_token() -> None:
@@ -247,7 +262,7 @@ def test_tpg_keeps_every_token() -> None:
         step = type("S", (), {"index": 2})()  # type: ignore[assignment]
 
     now = Fixed(None, dissect(build("dit")), None)  # type: ignore[arg-type]
-    edit = METHODS["tpg"](blocks=[1]).perturbation(now).edits[1]
+    edit = TPG(blocks=[1]).perturbation(now).edits[1]
     tokens = torch.arange(16.0)[None, :, None].repeat(2, 1, 3)
     shuffled = edit(tokens)
     assert torch.equal(shuffled.sort(1).values, tokens) and not torch.equal(shuffled, tokens)
@@ -263,7 +278,7 @@ def test_block_drop_draws_the_stated_share_and_never_a_first_block() -> None:
         class Fixed(Now):
             step = type("S", (), {"index": index})()  # type: ignore[assignment]
 
-        skips = METHODS["block-drop"](share=0.2).perturbation(Fixed(None, anatomy, None)).skips  # type: ignore[arg-type]
+        skips = BlockDrop(share=0.2).perturbation(Fixed(None, anatomy, None)).skips  # type: ignore[arg-type]
         assert len(skips) == 4
         seen |= skips
     assert seen == set(range(19)) - {0, 9}
@@ -278,7 +293,7 @@ def test_autoguidance_uses_the_worse_model(name: str) -> None:
         c, u = naive.predict(x, t), naive.predict(x, t, True)
         return u + 4 * (c - u) + w * (c - naive.predict(x, t, model=bad))
 
-    with dgkit.guide(pipe, METHODS["autoguidance"](scale=w, bad=bad)) as guidance:
+    with dgkit.guide(pipe, Autoguidance(scale=w, bad=bad)) as guidance:
         ours = sample(pipe, name, guidance_scale=4.0, steps=STEPS)
     check(pipe, name, ours, formula)
     total, small = len(blocks_of(pipe.transformer)), len(blocks_of(bad))
@@ -292,7 +307,7 @@ def test_autoguidance_uses_the_worse_model(name: str) -> None:
 @pytest.mark.parametrize("name", CLASSES)
 def test_cfg_has_its_own_scale(name: str, s_of_pipeline: float) -> None:
     pipe = pipeline(name)
-    ours = guided(pipe, name, METHODS["cfg"](scale=3.0), s=s_of_pipeline)
+    ours = guided(pipe, name, CFG(scale=3.0), s=s_of_pipeline)
     assert (ours - sample(pipe, name, guidance_scale=3.0)).abs().max() <= 1e-5
 
 
@@ -318,7 +333,7 @@ def test_apg_is_algorithm_1(name: str, space: str) -> None:
             return d
         return (x - signal * d) / noise if name == "dit" else (x - d) / noise
 
-    ours = guided(pipe, name, METHODS["apg"](scale=6.0, space=space, **options))
+    ours = guided(pipe, name, APG(scale=6.0, space=space, **options))
     check(pipe, name, ours, formula, 1e-4)
     if space == "prediction":
         assert any(cut), "the norm has to be cut somewhere for this test to mean anything"
@@ -327,7 +342,7 @@ def test_apg_is_algorithm_1(name: str, space: str) -> None:
 
 def test_apg_without_its_three_changes_is_cfg() -> None:
     pipe = pipeline("sd3")
-    plain = METHODS["apg"](scale=3.0, eta=1.0, momentum=0.0, norm=math.inf)
+    plain = APG(scale=3.0, eta=1.0, momentum=0.0, norm=math.inf)
     assert (guided(pipe, "sd3", plain) - sample(pipe, "sd3", guidance_scale=3.0)).abs().max() <= 1e-5
 
 
@@ -337,7 +352,7 @@ def test_cfg_plus_plus_renoises_with_the_unconditional_prediction(name: str) -> 
     pipe, scale = pipeline(name), 0.6
     naive = Naive(pipe, name)
     scheduler, x = pipe.scheduler, naive.noise
-    ours = guided(pipe, name, METHODS["cfg++"](scale=scale))
+    ours = guided(pipe, name, CFGPlusPlus(scale=scale))
     if name == "flux":
         scheduler.set_timesteps(sigmas=torch.linspace(1.0, 1 / STEPS, STEPS).numpy())
     else:
@@ -366,11 +381,11 @@ def test_cfg_plus_plus_refuses_other_schedulers() -> None:
     pipe = pipeline("dit")
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     with pytest.raises(ModelError, match="needs Euler or DDIM steps, not DPMSolverMultistepScheduler"):
-        guided(pipe, "dit", METHODS["cfg++"]())
+        guided(pipe, "dit", CFGPlusPlus())
     pipe = pipeline("sd3")
     pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, stochastic_sampling=True)
     with pytest.raises(ModelError, match="needs Euler or DDIM steps"):
-        guided(pipe, "sd3", METHODS["cfg++"]())
+        guided(pipe, "sd3", CFGPlusPlus())
 
 
 @pytest.mark.parametrize("zero_steps", [0, 1, 2])
@@ -387,13 +402,13 @@ def test_cfg_zero_star(name: str, zero_steps: int) -> None:
         star = cfg_zero_star_scale(c.flatten(1), u.flatten(1)).view(-1, *[1] * (c.ndim - 1))
         return u * star + w * (c - u * star)
 
-    check(pipe, name, guided(pipe, name, METHODS["cfg-zero*"](scale=w, zero_steps=zero_steps)), formula)
+    check(pipe, name, guided(pipe, name, CFGZeroStar(scale=w, zero_steps=zero_steps)), formula)
 
 
 def test_cfg_zero_star_on_noise_prediction_has_no_zero_step() -> None:
     pipe = pipeline("dit")
     with pytest.raises(ModelError, match="give zero_steps=0"):
-        guided(pipe, "dit", METHODS["cfg-zero*"]())
+        guided(pipe, "dit", CFGZeroStar())
     naive = Naive(pipe, "dit")
 
     def formula(x: Tensor, t: Tensor, *rest: Any) -> Tensor:
@@ -402,7 +417,7 @@ def test_cfg_zero_star_on_noise_prediction_has_no_zero_step() -> None:
         u = star.view(-1, 1, 1, 1) * u
         return u + 4 * (c - u)
 
-    check(pipe, "dit", guided(pipe, "dit", METHODS["cfg-zero*"](zero_steps=0)), formula)
+    check(pipe, "dit", guided(pipe, "dit", CFGZeroStar(zero_steps=0)), formula)
 
 
 @pytest.mark.parametrize("method", ["cfg", "apg", "cfg++", "cfg-zero*"])
@@ -438,9 +453,9 @@ def test_apg_and_dg_and_pag_add_up(name: str) -> None:
         return u + 3 * (c - u) + 0.7 * (c - perturbed(naive, zero, x, t)) + 1.1 * (c - pag)
 
     methods = (
-        METHODS["cfg-zero*"](scale=3.0, zero_steps=0),
-        METHODS["dg"](scale=0.7, block=1, dims=[2, 9]),
-        METHODS["pag"](scale=1.1, blocks=[2]),
+        CFGZeroStar(scale=3.0, zero_steps=0),
+        DG(scale=0.7, block=1, dims=[2, 9]),
+        PAG(scale=1.1, blocks=[2]),
     )
     for order in (methods, methods[::-1]):
         check(pipe, name, guided(pipe, name, *order), formula)
@@ -459,8 +474,8 @@ def test_interval_is_that_of_diffusers(name: str, start: float, stop: float, ste
         return (u + 3 * (c - u) if i in steps_guided else c) + (1.5 * (c - skipped) if i in steps_guided else 0)
 
     methods = [
-        METHODS["cfg"](scale=3.0, start=start, stop=stop),
-        METHODS["slg"](scale=1.5, blocks=[1], start=start, stop=stop),
+        CFG(scale=3.0, start=start, stop=stop),
+        SLG(scale=1.5, blocks=[1], start=start, stop=stop),
     ]
     with dgkit.guide(pipe, *methods) as guidance:
         for _ in range(2):  # the second run starts anew
@@ -487,13 +502,13 @@ def test_scale_may_depend_on_sigma(name: str) -> None:
         w = 0.5 * sigma if sigma < 0.9 else 0.0
         return u + 4 * (c - u) + w * (c - perturbed(naive, skip([1]), x, t))
 
-    check(pipe, name, guided(pipe, name, METHODS["slg"](scale=schedule, blocks=[1])), formula)
+    check(pipe, name, guided(pipe, name, SLG(scale=schedule, blocks=[1])), formula)
     assert any(s >= 0.9 for s in sigmas) and any(s < 0.9 for s in sigmas)
 
 
 def test_bad_schedules_are_refused_when_they_are_called() -> None:
     with pytest.raises(DgkitError, match=r"scale\(sigma\)=-1.0 is not allowed"):
-        guided(pipeline("sd3"), "sd3", METHODS["slg"](scale=lambda sigma: -1.0, blocks=[1]))
+        guided(pipeline("sd3"), "sd3", SLG(scale=lambda sigma: -1.0, blocks=[1]))
 
 
 # ------------------------------------------------------------------------------------------------------ direction reuse
@@ -512,7 +527,7 @@ def test_reuse_takes_the_direction_of_every_nth_step(name: str, every: int) -> N
             kept[:] = [c - perturbed(naive, skip([1]), x, t)]
         return u + 4 * (c - u) + 1.5 * kept[0]
 
-    with dgkit.guide(pipe, METHODS["slg"](scale=1.5, blocks=[1], reuse=Reuse(every))) as guidance:
+    with dgkit.guide(pipe, SLG(scale=1.5, blocks=[1], reuse=Reuse(every))) as guidance:
         for _ in range(2):
             ours = sample(pipe, name, guidance_scale=4.0, steps=steps)
     expected = naive.run(formula)
@@ -541,7 +556,7 @@ def test_reuse_by_cosine_waits_longer_while_the_direction_turns_little(cosine: f
         state["left"] -= 1
         return u + 4 * (c - u) + 1.5 * state["direction"].float()
 
-    with dgkit.guide(pipe, METHODS["slg"](scale=1.5, blocks=[1], reuse=Reuse(every, cosine))) as guidance:
+    with dgkit.guide(pipe, SLG(scale=1.5, blocks=[1], reuse=Reuse(every, cosine))) as guidance:
         ours = sample(pipe, "sd3", guidance_scale=4.0, steps=steps)
     assert (ours - naive.run(formula)).abs().max() <= 2e-5
     assert guidance.cost.block_evaluations == 2 * (steps * 2 * 3 + len(computed) * 1)
@@ -615,10 +630,10 @@ def test_reuse_refuses(arguments: dict[str, Any], words: str) -> None:
     [
         ((), "replay", r"methods=\[\] is not allowed"),
         (("pag",), "replay", r"methods=\['pag'\] is not allowed"),
-        ((METHODS["cfg"](), METHODS["apg"]()), "replay", "cfg, apg all take the place of CFG: give one of them"),
-        ((METHODS["pag"](),), "fork", 'sharing="fork" is only for branches that edit block outputs'),
-        ((METHODS["slg"](),), "fork", 'sharing="fork" is only for branches that edit block outputs'),
-        ((METHODS["slg"](),), "both", "sharing='both' is not allowed"),
+        ((CFG(), APG()), "replay", "cfg, apg all take the place of CFG: give one of them"),
+        ((PAG(),), "fork", 'sharing="fork" is only for branches that edit block outputs'),
+        ((SLG(),), "fork", 'sharing="fork" is only for branches that edit block outputs'),
+        ((SLG(),), "both", "sharing='both' is not allowed"),
     ],
 )
 def test_guide_refuses(methods: tuple[Any, ...], sharing: str, words: str) -> None:

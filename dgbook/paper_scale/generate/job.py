@@ -179,7 +179,7 @@ class Job:
         """
         if not self.methods:
             return []
-        from dgkit.guidance.methods import METHODS, Reuse
+        from dgkit.guidance import METHODS, Reuse
 
         made = []
         for name, parameters in self.methods.items():
@@ -199,7 +199,7 @@ class Job:
         return made
 
     def _check_disruption(self) -> None:
-        from dgkit.hooks import EDIT_KINDS
+        from dgkit.disruption import EDIT_KINDS
 
         given = dict(self.disruption)
         allowed, needed = {"block", "dims", "kind", "seed"}, {"block", "dims"}

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from dgbook.claims import results
+from dgbook.claims import provenance
 from dgbook.paper_scale.generate.job import Job, canonical, library_versions
 from dgbook.paper_scale.generate.store import Image, Shard, Store
 from dgbook.paths import build_dir
@@ -238,7 +238,7 @@ class Worker:
         self.known = store.failures().keys()  # of earlier runs
         self.failed = 0  # others, before the first success
         self.succeeded = False
-        self.commit = results._git()
+        self.commit = provenance.commit_and_changes()
 
     def run(self, block: int) -> Outcome:
         """Make what is missing of a block, and keep it.
@@ -361,15 +361,14 @@ class PipelineSampler:
 
     def __init__(self, job: Job) -> None:
         # here, so that what needs no model starts at once
-        from dgkit import hooks, zoo
-        from dgkit.guidance import guide
+        from dgkit import disrupt, guide, zoo
 
         self.job = job
         self.pipe = zoo.load(job.model, device=own_device(), dtype=getattr(torch, job.dtype))
         # with CPU offload the weights rest elsewhere than where they compute
         device = torch.device(getattr(self.pipe, "_execution_device", self.pipe.device))
         self.device = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-        self._guide, self._disrupt = guide, hooks.disrupt
+        self._guide, self._disrupt = guide, disrupt
         with self._changed() as (methods, edit):
             self.identity: Mapping[str, Any] = _identity(self.pipe, job, methods)
             if edit:
@@ -391,7 +390,7 @@ class PipelineSampler:
 
     @contextmanager
     def _changed(self) -> Iterator[tuple[list[Any], Any]]:
-        """The pipeline with the job's guidance, yielded as methods, and its disruption, yielded as `hooks.Edit`."""
+        """The pipeline with the job's guidance, yielded as methods, and its disruption, yielded as `disruption.Edit`."""
         methods = self.job.guidance()
         with ExitStack() as stack:
             if methods:
@@ -416,7 +415,7 @@ def _identity(pipe: Any, job: Job, methods: Sequence[Any]) -> dict[str, Any]:
     return {
         "pipeline": type(pipe).__name__,
         "weights_sha256": {
-            name: results.weights_sha256(part)
+            name: provenance.weights_sha256(part)
             for name, part in pipe.components.items()
             if isinstance(part, torch.nn.Module)
         },

@@ -1,48 +1,17 @@
-"""Look at (`record`) and change (`disrupt`) what flows between the blocks of a diffusion transformer."""
+"""Look at what flows between the blocks of a diffusion transformer: `record`."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
-import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from dgkit.anatomy import COND, Anatomy, Block, Call, Gate, RowLabels, dissect, step_of
-from dgkit.anatomy.transformers import consecutive
-from dgkit.errors import DgkitError, ModelError
+from dgkit.anatomy import COND, Anatomy, Block, CallReader, Gate, Pass, degraded_pass, dissect
+from dgkit.checks import number, refuse
+from dgkit.errors import DgkitError
 from dgkit.taps import compiled, tap
-
-# ---------------------------------------------------------------------------------------------------- which pass is it
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One pass through the blocks: the label and timestep of each batch row.
-
-    `edited_block` is the block whose output a degraded pass edits: before it, the pass equals the conditional one.
-    """
-
-    labels: tuple[str, ...]
-    timesteps: list[float]
-    edited_block: int = -1
-
-    @cached_property
-    def groups(self) -> dict[tuple[str, float], tuple[int, slice | list[int]]]:
-        """The rows of each (label, timestep): how many, and as an index."""
-        rows: dict[tuple[str, float], list[int]] = {}
-        for row, key in enumerate(zip(self.labels, self.timesteps, strict=True)):
-            rows.setdefault(key, []).append(row)
-        return {key: (len(indices), consecutive(indices)) for key, indices in rows.items()}
-
-
-# The guidance engine announces its degraded pass here, because it calls `transformer.forward`, past the module's hooks.
-degraded_pass: ContextVar[Pass | None] = ContextVar("degraded_pass", default=None)
-
-# -------------------------------------------------------------------------------------------------------------- record
 
 
 @dataclass
@@ -97,10 +66,6 @@ class Trace:
         label = self._label(label)
         return sorted((t for name, t in self._cells if name == label), reverse=not self.anatomy.row.ascending)
 
-    def num_images(self, label: str | None = None, timestep: float | None = None) -> int:
-        """How many image passes `mean_abs` with the same arguments averages over."""
-        return sum(int(cell.images.max()) for cell in self._select(label, timestep))
-
     def mean_abs(self, label: str | None = None, timestep: float | None = None) -> Tensor:
         """Mean |z| over images and image tokens, (L, C); over all timesteps if `timestep` is None."""
         cells = self._select(label, timestep)
@@ -142,17 +107,6 @@ class Trace:
         if block not in self.keep:
             raise DgkitError(f"block={block!r} was not kept: record(..., keep={self.keep!r}) decides")
         return torch.cat([z for cell in self._select(label, timestep) for z in cell.tensors[block]])
-
-    def table(self, label: str | None = None, timestep: float | None = None) -> pd.DataFrame:
-        """One row per (block, channel): mean_abs, max_abs, token_share."""
-        blocks, channels = len(self.anatomy.blocks), self.anatomy.channels
-        columns = {
-            "mean_abs": self.mean_abs(label, timestep),
-            "max_abs": self.max_abs(label, timestep),
-            "token_share": self.token_share(label, timestep),
-        }
-        index = pd.MultiIndex.from_product([range(blocks), range(channels)], names=["block", "channel"])
-        return pd.DataFrame({name: t.flatten().cpu().numpy() for name, t in columns.items()}, index).reset_index()
 
     def _label(self, label: str | None) -> str:
         if not self._cells:
@@ -245,22 +199,21 @@ def record(target: Any, *, ratio: float = 5.0, track: Sequence[int] = (), keep: 
         ModelError: see `dgkit.anatomy.dissect`.
     """
     anatomy = dissect(target)
-    if not isinstance(ratio, int | float) or not ratio > 1:
-        raise DgkitError(f"ratio={ratio!r} is not allowed: a token is massive above ratio x the median, ratio > 1")
+    number("ratio", ratio, above=1, allowed="a token is massive above ratio x the median, ratio > 1")
     if not isinstance(keep, Sequence):
-        raise DgkitError(f"keep={keep!r} is not allowed: give a list of blocks")
+        refuse("keep", keep, "give a list of blocks")
     trace = Trace(
         anatomy,
         float(ratio),
         [] if isinstance(track, Sequence) and not track else anatomy.dims(track),
         [anatomy.block(index).index for index in keep],
     )
-    row_labels = RowLabels(target)
+    read = CallReader(target, anatomy)
     current: list[Pass] = []  # the pass under way, announced by the transformer's pre-hook
 
     def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        call = Call.of(anatomy, args, kwargs)
-        current[:] = [Pass(row_labels(call), call.timesteps())]
+        call = read(args, kwargs)
+        current[:] = [Pass(call.labels, call.timesteps)]
 
     def watch_block(block: Block) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
@@ -288,179 +241,3 @@ def record(target: Any, *, ratio: float = 5.0, track: Sequence[int] = (), keep: 
                     handles.callback(module.register_forward_hook(watch_gate(row, gate), with_kwargs=True).remove)
                 row += 1
         yield trace
-
-
-# ------------------------------------------------------------------------------------------------------------- disrupt
-
-
-@dataclass(frozen=True)
-class Edit:
-    """A change of some channels of a block's output; the other channels and tokens pass unchanged.
-
-    Attributes:
-        kind: "zero" (the paper's masking, section 4.2), "mean" (each channel becomes its mean over the image's tokens,
-            after Sun et al. 2024) or "random" (as many other channels, drawn at random, are zeroed: the paper's
-            control, appendix D).
-        dims: the channels that are changed.
-        tokens: the image tokens that are changed, counted row by row from the upper left; None for all.
-    """
-
-    kind: str
-    dims: list[int]
-    tokens: list[int] | None = None
-
-    def __call__(self, image: Tensor) -> Tensor:
-        """The edited copy of image tokens (B, T, C).
-
-        Raises:
-            DgkitError: there are fewer tokens than `tokens` names.
-        """
-        edited = image.clone()
-        value = image[..., self.dims].mean(1, keepdim=True) if self.kind == "mean" else 0
-        if self.tokens is None:
-            edited[..., self.dims] = value
-        elif max(self.tokens) >= image.shape[1]:
-            raise DgkitError(
-                f"tokens={max(self.tokens)!r} is not allowed: the image has tokens 0 to {image.shape[1] - 1}"
-            )
-        else:
-            edited[:, torch.tensor(self.tokens)[:, None], self.dims] = value
-        return edited
-
-
-EDIT_KINDS = ("zero", "mean", "random")
-
-
-def make_edit(
-    anatomy: Anatomy, dims: Sequence[int], kind: str = "zero", seed: int = 0, tokens: Sequence[int] | None = None
-) -> Edit:
-    """The checked edit of `dims`; for kind "random" the drawn channels exclude `dims`.
-
-    Raises:
-        DgkitError: a dim does not exist, `kind` is unknown, `seed` is no integer, too few other channels are left, or
-            `tokens` is not a list of distinct integers from 0.
-    """
-    checked = anatomy.dims(dims)
-    if kind not in EDIT_KINDS:
-        raise DgkitError(f"kind={kind!r} is not allowed: use one of {', '.join(EDIT_KINDS)}")
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise DgkitError(f"seed={seed!r} is not allowed: give an integer")
-    if tokens is not None and not _distinct(tokens):
-        raise DgkitError(
-            f"tokens={tokens!r} is not allowed: give a non-empty list of distinct integers from 0, or None"
-        )
-    if kind == "random":
-        others = [c for c in range(anatomy.channels) if c not in checked]
-        if len(others) < len(checked):
-            raise DgkitError(f"dims={checked!r}: only {len(others)} other channels are left to draw from")
-        order = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))
-        checked = sorted(others[i] for i in order[: len(checked)].tolist())
-    return Edit(kind, checked, None if tokens is None else list(tokens))
-
-
-def _distinct(tokens: Any) -> bool:
-    if isinstance(tokens, str | bytes) or not isinstance(tokens, Sequence) or not tokens:
-        return False
-    integers = all(isinstance(t, int) and not isinstance(t, bool) and t >= 0 for t in tokens)
-    return integers and len(set(tokens)) == len(tokens)
-
-
-def checked_steps(start: Any, stop: Any) -> None:
-    """Check that `start` and `stop` are a part of the steps.
-
-    Raises:
-        DgkitError: they are not numbers with 0 <= start < stop <= 1.
-    """
-    for argument, value in (("start", start), ("stop", stop)):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-            raise DgkitError(f"{argument}={value!r} is not allowed: give a number from 0 to 1")
-    if start >= stop:
-        raise DgkitError(f"start={start!r} is not allowed: give a number below stop={stop!r}")
-
-
-@contextmanager
-def disrupt(
-    target: Any,
-    *,
-    block: int,
-    dims: Sequence[int],
-    kind: str = "zero",
-    seed: int = 0,
-    tokens: Sequence[int] | None = None,
-    start: float = 0.0,
-    stop: float = 1.0,
-    keep_norm: bool = False,
-) -> Iterator[Edit]:
-    """Edit channels of one block's output in every pass inside the `with` (paper section 4.2 and appendix D).
-
-    Args:
-        target: a pipeline or a bare transformer.
-        block: zero-based block whose output is edited (the paper's depth m is `block + 1`).
-        dims: the channels; for kind "random" the ones to leave alone.
-        kind: "zero", "mean" or "random", see `Edit`.
-        seed: decides the draw of kind "random".
-        tokens: the image tokens that are edited, counted row by row; None for all.
-        start, stop: the part of the steps with the edit, from int(start * steps) to before int(stop * steps); anything
-            but all steps needs a pipeline.
-        keep_norm: let the later LayerNorms of the image tokens normalise with the mean and variance that the tokens
-            would have with the removed values still there. Without it, zeroing a massive channel also makes all other
-            channels larger in every later block. For the classes of SD3, Flux and DiT.
-
-    Yields:
-        The edit, whose `dims` are the channels really changed.
-
-    Raises:
-        DgkitError: bad `block`, `dims`, `kind`, `seed`, `tokens`, `start` or `stop`.
-        ModelError: see `dgkit.anatomy.dissect`; or `keep_norm` with another class or with compiled blocks.
-    """
-    anatomy = dissect(target)
-    edited = anatomy.block(block)
-    edit = make_edit(anatomy, dims, kind, seed, tokens)
-    checked_steps(start, stop)
-    part = (start, stop) != (0, 1)
-    if part and isinstance(target, nn.Module):
-        raise DgkitError(
-            f"start={start!r}, stop={stop!r} is not allowed: a bare transformer has no steps, give a pipeline"
-        )
-    norms = anatomy.norms_after(block) if keep_norm else []
-    if keep_norm and any(compiled(later.module) for later in anatomy.blocks[block + 1 :]):
-        raise ModelError("keep_norm=True does not work with compiled blocks, whose LayerNorms cannot be reached")
-    active = [True]
-    removed: list[Tensor] = []  # z - edited z of this pass, (B, T, D), in the edited channels
-
-    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        removed.clear()
-        if part:
-            active[0] = step_of(target, Call.of(anatomy, args, kwargs)).within(start, stop)
-
-    def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        if not active[0]:
-            return None
-        image = edited.image(output)
-        changed = edit(image)
-        if keep_norm:
-            removed[:] = [(image - changed)[..., edit.dims]]
-        return edited.with_image(output, changed)
-
-    def keep(norm: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        if removed and (degraded_pass.get() is not None or len(args[0]) != len(removed[0])):
-            raise ModelError("keep_norm=True does not work inside guidance, which runs blocks on a part of the batch")
-        return _normalised_as_before(norm, args[0], removed[0], edit.dims).to(output.dtype) if removed else None
-
-    # before all other hooks, so that `record` sees what the later blocks see, in whatever order the two were entered
-    with anatomy.follow(), ExitStack() as taps:
-        taps.callback(anatomy.model.register_forward_pre_hook(begin, with_kwargs=True).remove)
-        taps.callback(tap(edited.module, hook, first=True))
-        for norm in norms:
-            taps.callback(tap(norm, keep))
-        yield edit
-
-
-def _normalised_as_before(norm: Any, tokens: Tensor, removed: Tensor, dims: list[int]) -> Tensor:
-    """LayerNorm of `tokens` (B, T', C) with the statistics of tokens to whose last T `removed` (B, T, D) is added."""
-    tokens = tokens.float()
-    before = tokens.clone()
-    before[:, -removed.shape[1] :, dims] += removed
-    variance, mean = torch.var_mean(before, -1, correction=0, keepdim=True)
-    normalised = (tokens - mean) * (variance + norm.eps).rsqrt()
-    return normalised if norm.weight is None else normalised * norm.weight + (0 if norm.bias is None else norm.bias)

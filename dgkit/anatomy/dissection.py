@@ -1,0 +1,237 @@
+"""A transformer taken apart: its blocks, the image tokens in what they put out, and the rows of its calls."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dgkit.anatomy.arguments import consecutive, map_arguments, map_tensors, named
+from dgkit.anatomy.gates import Gate
+from dgkit.anatomy.transformers import MSA2, TRANSFORMERS, Stack, Transformer
+from dgkit.checks import distinct, integer
+from dgkit.errors import ModelError
+from dgkit.taps import compiled
+
+
+@dataclass
+class Layout:
+    """How many image tokens the last call of the transformer had; None before the first."""
+
+    tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block: its zero-based index over all stacks, its stack, the module, and the layout of the last call."""
+
+    index: int
+    stack: Stack
+    module: nn.Module
+    layout: Layout
+
+    def image(self, output: Any) -> Tensor:
+        """The image tokens (B, T, C) in this block's `output`.
+
+        Raises:
+            ModelError: `output` does not hold as many tokens as the transformer's call has image tokens.
+        """
+        tokens = output if self.stack.image is None else output[self.stack.image]
+        if self.stack.text is None:
+            return tokens
+        count = self._count(tokens)
+        return tokens[:, -count:] if self.stack.text == "before" else tokens[:, :count]
+
+    def with_image(self, output: Any, image: Tensor) -> Any:
+        """A copy of `output` with `image` as its image tokens."""
+        if self.stack.text is not None:
+            tokens = output if self.stack.image is None else output[self.stack.image]
+            count = self._count(tokens)
+            before = self.stack.text == "before"
+            image = torch.cat([tokens[:, :-count], image] if before else [image, tokens[:, count:]], 1)
+        if self.stack.image is None:
+            return image
+        return (*output[: self.stack.image], image, *output[self.stack.image + 1 :])
+
+    def _count(self, tokens: Any) -> int:
+        """The number of image tokens among `tokens`, which must have room for them."""
+        count = self.layout.tokens
+        if count is None:
+            raise ModelError("the number of image tokens is not known: enter `anatomy.follow()` before the model runs")
+        length = tokens.shape[1] if isinstance(tokens, Tensor) and tokens.ndim == 3 else None
+        if length is None or length < count:
+            found = f"{length} tokens" if length else f"a {type(tokens).__name__} that is not (batch, tokens, channels)"
+            raise ModelError(
+                f"block {self.index} ({type(self.module).__name__}) returned {found} for {count} image tokens: its "
+                f"class needs a row of its own in dgkit.anatomy.TRANSFORMERS"
+            )
+        return count
+
+    @property
+    def gates(self) -> list[tuple[Gate, nn.Module]]:
+        """The residual gates that this very block has, each with the submodule that computes it."""
+        dual = getattr(self.module, "use_dual_attention", False)
+        return [(g, self.module.get_submodule(g.module)) for g in self.stack.gates if g is not MSA2 or dual]
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """A transformer taken apart.
+
+    Attributes:
+        model: the transformer.
+        row: the row of its class.
+        blocks: all blocks in the order in which they run.
+        channels: width C of the image stream.
+        predicted_channels: how many of the output's channels are the prediction that guidance acts on; None for all.
+        layout: of the last call, as long as it is followed.
+    """
+
+    model: nn.Module
+    row: Transformer = field(repr=False)
+    blocks: tuple[Block, ...]
+    channels: int
+    predicted_channels: int | None
+    layout: Layout
+
+    def block(self, index: int) -> Block:
+        """The block at zero-based `index`.
+
+        Raises:
+            DgkitError: `index` is not an integer from 0 to the number of blocks - 1.
+        """
+        name, last = type(self.model).__name__, len(self.blocks) - 1
+        return self.blocks[integer("block", index, 0, last, allowed=f"{name} has blocks 0 to {last}")]
+
+    def dims(self, dims: Sequence[int]) -> list[int]:
+        """`dims` as a checked list of channels.
+
+        Raises:
+            DgkitError: `dims` is empty, repeats a channel or holds anything but integers from 0 to C - 1.
+        """
+        allowed = f"a non-empty list of distinct channels from 0 to {self.channels - 1}"
+        return distinct("dims", dims, 0, self.channels - 1, allowed=allowed)
+
+    def norms_after(self, block: int) -> list[nn.LayerNorm]:
+        """The LayerNorms that read the image tokens after block `block`.
+
+        Raises:
+            ModelError: they are not known for this class.
+        """
+        if not self.row.last_norm:
+            known = ", ".join(name for name, row in TRANSFORMERS.items() if row.last_norm)
+            raise ModelError(f"the LayerNorms of {type(self.model).__name__} are not known to dgkit, only of {known}")
+        paths = [(later.module, norm) for later in self.blocks[block + 1 :] for norm in later.stack.norms]
+        return [module.get_submodule(path) for module, path in (*paths, (self.model, self.row.last_norm))]  # type: ignore[misc]
+
+    @contextmanager
+    def follow(self) -> Iterator[None]:
+        """Inside, `Block.image` knows where the image tokens of the last call stand, in classes where calls differ.
+
+        Raises (in the call):
+            ModelError: image tokens that start at different places in the rows of one batch.
+        """
+        if self.row.tokens is None:
+            yield
+            return
+        count, before = self.row.tokens, any(stack.text == "before" for stack in self.row.stacks)
+
+        def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            arguments = named(module, args, kwargs)
+            lengths = self.row.text_lengths(arguments) if self.row.text_lengths else [0]
+            if before and len(set(lengths)) > 1:
+                raise ModelError(
+                    f"the prompts of one batch have {lengths} tokens, so {type(module).__name__} puts their images at "
+                    f"different places: use one prompt per call"
+                )
+            self.layout.tokens = count(module, arguments)
+
+        handle = self.model.register_forward_pre_hook(read, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def select_rows(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: list[int], batch: int
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a transformer call cut down to the given `rows` of its `batch`.
+
+        Dicts and lists are copied, because some forwards change them; what has no batch axis stays as it is.
+
+        Raises:
+            ModelError: without the other rows the joint sequence would be shorter, so that the blocks' outputs for the
+                whole batch do not fit the cut one.
+        """
+        if self.row.text_lengths is not None:
+            lengths = self.row.text_lengths(named(self.model, args, kwargs))
+            if max(lengths[row] for row in rows) < max(lengths):
+                raise ModelError(
+                    f"the prompts of one batch have {lengths} tokens: rows {rows} alone would make a shorter "
+                    f"sequence; use prompts (and negative prompts) of equal length"
+                )
+
+        picked = consecutive(rows)
+
+        def cut(value: Tensor) -> Tensor:
+            return value[picked] if value.ndim and len(value) == batch else value
+
+        def change(name: str, value: Any) -> Any:
+            if name in self.row.second_axis and isinstance(value, Tensor):
+                return value[:, picked]
+            if name in self.row.listed and isinstance(value, list) and len(value) == batch:
+                return [value[row] for row in rows]
+            return map_tensors(name, value, self.row.unbatched, cut)
+
+        return map_arguments(self.model, args, kwargs, change)
+
+    def grow(
+        self, block: Block, args: tuple[Any, ...], kwargs: dict[str, Any], rows: list[int], batch: int
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a call of `block` with the given `rows` of its `batch` appended once more.
+
+        Whatever has more than `batch` rows already stays as it is, and so does what has no batch axis.
+        """
+
+        joining = consecutive(rows)
+
+        def grown(value: Tensor) -> Tensor:
+            return torch.cat([value, value[joining]]) if value.ndim and len(value) == batch else value
+
+        return map_arguments(
+            block.module, args, kwargs, lambda name, value: map_tensors(name, value, self.row.unbatched, grown)
+        )
+
+
+def dissect(target: Any) -> Anatomy:
+    """The anatomy of a pipeline's transformer or of a bare transformer.
+
+    Raises:
+        ModelError: `target` is neither, or its transformer's class has no row in `TRANSFORMERS`, or the transformer is
+            compiled as a whole (a compiled module ignores hooks that are added later; compile its blocks instead).
+    """
+    model = getattr(target, "transformer", target)
+    # torch.compile(model) wraps the module as `_orig_mod`; model.compile() sets `_compiled_call_impl`
+    if isinstance(model, nn.Module) and compiled(model):
+        raise ModelError(
+            "the transformer is compiled as a whole, which ignores hooks added later: use the uncompiled transformer, "
+            "or compile block by block (`for block in transformer.transformer_blocks: block.compile()`)"
+        )
+    name = type(model).__name__
+    if name not in TRANSFORMERS:
+        raise ModelError(
+            f"expected a diffusers pipeline with a transformer, or a transformer of class {', '.join(TRANSFORMERS)}, "
+            f"got {name} (to add a class: one row in dgkit.anatomy.TRANSFORMERS)"
+        )
+    row, layout = TRANSFORMERS[name], Layout()
+    blocks = [(stack, module) for stack in row.stacks for module in model.get_submodule(stack.path).children()]
+    return Anatomy(
+        model=model,
+        row=row,
+        blocks=tuple(Block(i, stack, module, layout) for i, (stack, module) in enumerate(blocks)),
+        channels=row.channels(model),
+        predicted_channels=row.predicted_channels(model),
+        layout=layout,
+    )

@@ -1,0 +1,163 @@
+"""Change what flows between the blocks of a diffusion transformer: `disrupt`."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dgkit.anatomy import Anatomy, Call, degraded_pass, dissect
+from dgkit.checks import distinct, integer, one_of, part_of_steps
+from dgkit.errors import DgkitError, ModelError
+from dgkit.taps import compiled, tap
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A change of some channels of a block's output; the other channels and tokens pass unchanged.
+
+    Attributes:
+        kind: "zero" (the paper's masking, section 4.2), "mean" (each channel becomes its mean over the image's tokens,
+            after Sun et al. 2024) or "random" (as many other channels, drawn at random, are zeroed: the paper's
+            control, appendix D).
+        dims: the channels that are changed.
+        tokens: the image tokens that are changed, counted row by row from the upper left; None for all.
+    """
+
+    kind: str
+    dims: list[int]
+    tokens: list[int] | None = None
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """The edited copy of image tokens (B, T, C).
+
+        Raises:
+            DgkitError: there are fewer tokens than `tokens` names.
+        """
+        edited = image.clone()
+        value = image[..., self.dims].mean(1, keepdim=True) if self.kind == "mean" else 0
+        if self.tokens is None:
+            edited[..., self.dims] = value
+        elif max(self.tokens) >= image.shape[1]:
+            raise DgkitError(
+                f"tokens={max(self.tokens)!r} is not allowed: the image has tokens 0 to {image.shape[1] - 1}"
+            )
+        else:
+            edited[:, torch.tensor(self.tokens)[:, None], self.dims] = value
+        return edited
+
+
+EDIT_KINDS = ("zero", "mean", "random")
+
+
+def make_edit(
+    anatomy: Anatomy, dims: Sequence[int], kind: str = "zero", seed: int = 0, tokens: Sequence[int] | None = None
+) -> Edit:
+    """The checked edit of `dims`; for kind "random" the drawn channels exclude `dims`.
+
+    Raises:
+        DgkitError: a dim does not exist, `kind` is unknown, `seed` is no integer, too few other channels are left, or
+            `tokens` is not a list of distinct integers from 0.
+    """
+    checked = anatomy.dims(dims)
+    one_of("kind", kind, EDIT_KINDS)
+    integer("seed", seed)
+    allowed = "a non-empty list of distinct integers from 0, or None"
+    places = None if tokens is None else distinct("tokens", tokens, 0, allowed=allowed)
+    if kind == "random":
+        others = [c for c in range(anatomy.channels) if c not in checked]
+        if len(others) < len(checked):
+            raise DgkitError(f"dims={checked!r}: only {len(others)} other channels are left to draw from")
+        order = torch.randperm(len(others), generator=torch.Generator().manual_seed(seed))
+        checked = sorted(others[i] for i in order[: len(checked)].tolist())
+    return Edit(kind, checked, places)
+
+
+@contextmanager
+def disrupt(
+    target: Any,
+    *,
+    block: int,
+    dims: Sequence[int],
+    kind: str = "zero",
+    seed: int = 0,
+    tokens: Sequence[int] | None = None,
+    start: float = 0.0,
+    stop: float = 1.0,
+    keep_norm: bool = False,
+) -> Iterator[Edit]:
+    """Edit channels of one block's output in every pass inside the `with` (paper section 4.2 and appendix D).
+
+    Args:
+        target: a pipeline or a bare transformer.
+        block: zero-based block whose output is edited (the paper's depth m is `block + 1`).
+        dims: the channels; for kind "random" the ones to leave alone.
+        kind: "zero", "mean" or "random", see `Edit`.
+        seed: decides the draw of kind "random".
+        tokens: the image tokens that are edited, counted row by row; None for all.
+        start, stop: the part of the steps with the edit, from int(start * steps) to before int(stop * steps); anything
+            but all steps needs a pipeline.
+        keep_norm: let the later LayerNorms of the image tokens normalise with the mean and variance that the tokens
+            would have with the removed values still there. Without it, zeroing a massive channel also makes all other
+            channels larger in every later block. For the classes of SD3, Flux and DiT.
+
+    Yields:
+        The edit, whose `dims` are the channels really changed.
+
+    Raises:
+        DgkitError: bad `block`, `dims`, `kind`, `seed`, `tokens`, `start` or `stop`.
+        ModelError: see `dgkit.anatomy.dissect`; or `keep_norm` with another class or with compiled blocks.
+    """
+    anatomy = dissect(target)
+    edited = anatomy.block(block)
+    edit = make_edit(anatomy, dims, kind, seed, tokens)
+    part_of_steps(start, stop)
+    part = (start, stop) != (0, 1)
+    if part and isinstance(target, nn.Module):
+        raise DgkitError(
+            f"start={start!r}, stop={stop!r} is not allowed: a bare transformer has no steps, give a pipeline"
+        )
+    norms = anatomy.norms_after(block) if keep_norm else []
+    if keep_norm and any(compiled(later.module) for later in anatomy.blocks[block + 1 :]):
+        raise ModelError("keep_norm=True does not work with compiled blocks, whose LayerNorms cannot be reached")
+    active = [True]
+    removed: list[Tensor] = []  # z - edited z of this pass, (B, T, D), in the edited channels
+
+    def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        removed.clear()
+        if part:
+            active[0] = Call.of(anatomy, args, kwargs, target).step.within(start, stop)
+
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        if not active[0]:
+            return None
+        image = edited.image(output)
+        changed = edit(image)
+        if keep_norm:
+            removed[:] = [(image - changed)[..., edit.dims]]
+        return edited.with_image(output, changed)
+
+    def keep(norm: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        if removed and (degraded_pass.get() is not None or len(args[0]) != len(removed[0])):
+            raise ModelError("keep_norm=True does not work inside guidance, which runs blocks on a part of the batch")
+        return _normalised_as_before(norm, args[0], removed[0], edit.dims).to(output.dtype) if removed else None
+
+    # before all other hooks, so that `record` sees what the later blocks see, in whatever order the two were entered
+    with anatomy.follow(), ExitStack() as taps:
+        taps.callback(anatomy.model.register_forward_pre_hook(begin, with_kwargs=True).remove)
+        taps.callback(tap(edited.module, hook, first=True))
+        for norm in norms:
+            taps.callback(tap(norm, keep))
+        yield edit
+
+
+def _normalised_as_before(norm: Any, tokens: Tensor, removed: Tensor, dims: list[int]) -> Tensor:
+    """LayerNorm of `tokens` (B, T', C) with the statistics of tokens to whose last T `removed` (B, T, D) is added."""
+    tokens = tokens.float()
+    before = tokens.clone()
+    before[:, -removed.shape[1] :, dims] += removed
+    variance, mean = torch.var_mean(before, -1, correction=0, keepdim=True)
+    normalised = (tokens - mean) * (variance + norm.eps).rsqrt()
+    return normalised if norm.weight is None else normalised * norm.weight + (0 if norm.bias is None else norm.bias)

@@ -1,0 +1,326 @@
+"""The branch engine: passes that differ from the ordinary one only after some block share all blocks before it."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dgkit.anatomy import COND, DEGRADED, Anatomy, Block, Call, Pass, degraded_pass, dissect
+from dgkit.anatomy.arguments import consecutive
+from dgkit.anatomy.diffusers_hooks import offloaded_groups_loaded, refuse_caches
+from dgkit.checks import one_of
+from dgkit.errors import DgkitError, ModelError
+from dgkit.guidance.attention import Attention, attention_replaced
+from dgkit.taps import replaced, tap, tap_before
+
+SHARING = ("replay", "fork", "none")
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """What a branch does differently.
+
+    Attributes:
+        edits: changes of the image tokens (B, T, C) that blocks put out, by block.
+        skips: blocks that are left out: they put out what the block before them did.
+        attention: replacements of the self-attention inside blocks, by block.
+        model: another transformer that makes the whole prediction instead.
+    """
+
+    edits: Mapping[int, Callable[[Tensor], Tensor]] = field(default_factory=dict)
+    skips: frozenset[int] = frozenset()
+    attention: Mapping[int, Attention] = field(default_factory=dict)
+    model: nn.Module | None = None
+
+    @cached_property
+    def shared(self) -> int:
+        """How many blocks compute the same as in the ordinary pass; for DG the paper's m."""
+        if self.model is not None:
+            return 0
+        return min([*(block + 1 for block in self.edits), *self.skips, *self.attention])
+
+
+@dataclass
+class Cost:
+    """Work done so far, in block evaluations: one block applied to the tokens of one image.
+
+    Attributes:
+        block_evaluations: what was computed.
+        naive_block_evaluations: what as many full passes would have computed.
+    """
+
+    block_evaluations: int = 0
+    naive_block_evaluations: int = 0
+
+    @property
+    def ratio(self) -> float:
+        """Computed over naive; with depth m = block + 1: (2N - m) / 2N for DG, (3N - m) / 3N for CFG + DG."""
+        return self.block_evaluations / self.naive_block_evaluations
+
+    def add(self, computed: int, naive: int) -> None:
+        """Count work."""
+        self.block_evaluations += computed
+        self.naive_block_evaluations += naive
+
+
+class Engine:
+    """Runs branches off the passes of one transformer.
+
+    For each call of the transformer: `begin`, the call itself, then `finish` for the branches' outputs.
+
+    Sharing:
+        "replay": the ordinary pass keeps one block output; in the branch's pass the blocks before return at once. Extra
+            memory: that output (and one per earlier stack of blocks). For equal batch rows the result is bitwise that
+            of "none".
+        "fork": the branch's rows join the batch where it branches off, so that all later blocks run once on a larger
+            batch; for branches that only edit block outputs. Faster where a batch does not fill the device.
+        "none": full passes, the reference.
+    """
+
+    def __init__(self, anatomy: Anatomy, sharing: str = "replay") -> None:
+        self.sharing = one_of("sharing", sharing, SHARING)
+        refuse_caches(anatomy.model)
+        self.anatomy = anatomy
+        self.cost = Cost()
+        self._taps: dict[tuple[str, int], Callable[[], None]] = {}
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop the call under way, of which an exception may have left something."""
+        self._call: Call | None = None
+        self._branches: Sequence[Perturbation] = ()
+        self._rows: list[int] = []  # of the call, which the branches repeat
+        self._kept: dict[int, Any] = {}  # outputs of blocks
+        self._forked: list[int] = []  # numbers of the branches that have joined the batch, in that order
+        self._last: Any = None  # their rows of the last block's output
+        self._running: tuple[Perturbation, int] | None = None  # the branch's pass under way, and its first live block
+        self._before_skip: Any = None
+        degraded_pass.set(None)
+
+    # ---- one call
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Inside, calls can be branched off; afterwards nothing is left on the transformer."""
+        with self.anatomy.follow():
+            try:
+                yield
+            finally:
+                for remove in self._taps.values():
+                    remove()
+                self._taps.clear()
+                self.forget()
+
+    def begin(self, branches: Sequence[Perturbation], call: Call) -> None:
+        """Prepare for `call` of the transformer, whose conditional rows the branches are to repeat.
+
+        Raises:
+            DgkitError: a perturbation that "fork" cannot run, or that skips the first block of a stack.
+            ModelError: a transformer with a cache, or with gradients by checkpointing.
+        """
+        self.forget()
+        refuse_caches(self.anatomy.model)
+        if torch.is_grad_enabled() and getattr(self.anatomy.model, "gradient_checkpointing", False):
+            raise ModelError(
+                "gradient checkpointing runs blocks again in the backward pass, where they are not guided: use "
+                "`torch.no_grad()`, or call `transformer.disable_gradient_checkpointing()`"
+            )
+        for branch in branches:
+            self._check(branch)
+        self._call, self._branches, self._rows = call, branches, call.rows(COND)
+        self._place_taps()
+
+    def finish(self, args: tuple[Any, ...], kwargs: dict[str, Any], reused: int = 0) -> list[Any]:
+        """The branches' outputs for the call just made with (args, kwargs), in order.
+
+        `reused` counts branches that the caller did not repeat.
+        """
+        call, branches, count = self._call, self._branches, len(self._rows)
+        assert call is not None, "begin comes first"
+        outputs = []
+        try:
+            if branches:
+                args, kwargs = self.anatomy.select_rows(args, kwargs, self._rows, call.batch)
+                outputs = [self._branch_output(number, args, kwargs) for number in range(len(branches))]
+        finally:
+            self.forget()
+        total = len(self.anatomy.blocks)
+        self.cost.add(total * call.batch, total * call.batch + reused * total * count)
+        for branch in branches:
+            blocks = total if branch.model is None else len(dissect(branch.model).blocks)
+            naive = blocks - len(branch.skips)
+            self.cost.add((naive if self.sharing == "none" else naive - branch.shared) * count, naive * count)
+        return outputs
+
+    def _branch_output(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        branch, call = self._branches[number], self._call
+        if branch.model is not None:
+            return branch.model(*args, **kwargs)
+        assert call is not None
+        blocks, total = self.anatomy.blocks, len(self.anatomy.blocks)
+        # with "fork" only what follows the blocks is left to do
+        first_live = {"replay": branch.shared, "fork": total, "none": 0}[self.sharing]
+        edited = total - 1 if self.sharing == "fork" else branch.shared - 1
+        timesteps = [call.timesteps[row] for row in self._rows]
+        degraded_pass.set(Pass((DEGRADED,) * len(timesteps), timesteps, edited))
+        self._running = (branch, first_live)
+        try:
+            with ExitStack() as stack:
+                outputs = self._known_outputs(number, first_live)
+                for block in blocks[:first_live]:
+                    stack.enter_context(replaced(block.module, _returning(outputs[block.stack.path])))
+                for index in sorted(branch.skips):
+                    stack.enter_context(replaced(blocks[index].module, lambda *a, **k: self._before_skip))
+                stack.enter_context(offloaded_groups_loaded(blocks, {*range(first_live), *branch.skips}))
+                for index, attention in branch.attention.items():
+                    stack.enter_context(attention_replaced(blocks[index], attention))
+                return self.anatomy.model.forward(*args, **kwargs)
+        finally:
+            self._running = None
+            degraded_pass.set(None)
+
+    def _known_outputs(self, number: int, first_live: int) -> dict[str, Any]:
+        """What blocks before `first_live` return in the branch's pass, by stack; only a stack's last one matters."""
+        outputs: dict[str, Any] = {}
+        for index in self._kept_blocks(first_live):
+            block = self.anatomy.blocks[index]
+            if self.sharing == "fork" and index == first_live - 1:
+                start = self._forked.index(number) * len(self._rows)
+                output = _each_tensor(self._last, itemgetter(slice(start, start + len(self._rows))))
+            else:
+                own = consecutive(self._rows)  # after a fork the call's own rows come first
+                output = _each_tensor(self._kept[index], itemgetter(own))
+                edit = self._branches[number].edits.get(index)
+                if edit and self.sharing == "replay":
+                    output = block.with_image(output, edit(block.image(output)))
+            outputs[block.stack.path] = output
+        return outputs
+
+    def _kept_blocks(self, first_live: int) -> list[int]:
+        """The last shared block, and the last block of each stack before its own (whose output type may differ)."""
+        if not first_live:
+            return []
+        own = self.anatomy.blocks[first_live - 1].stack
+        last_of_stack = {b.stack.path: b.index for b in self.anatomy.blocks[:first_live] if b.stack is not own}
+        return [*last_of_stack.values(), first_live - 1]
+
+    def _check(self, branch: Perturbation) -> None:
+        blocks = self.anatomy.blocks
+        for index in branch.skips:
+            if index == 0 or blocks[index].stack is not blocks[index - 1].stack:
+                raise DgkitError(f"block {index} cannot be skipped: it is the first of its stack")
+        if self.sharing != "fork":
+            return
+        only_edits = branch.edits and not (branch.skips or branch.attention or branch.model)
+        if not only_edits or not all(block.stack.fork for block in blocks[branch.shared - 1 :]):
+            raise DgkitError(
+                'sharing="fork" is only for branches that edit block outputs, and where the batch may grow between '
+                'blocks: use "replay" or "none"'
+            )
+
+    # ---- taps: attached when first needed, taken off together; each looks up what the call under way wants of it
+
+    def _place_taps(self) -> None:
+        total = len(self.anatomy.blocks)
+        for branch in self._branches:
+            if branch.model is not None:
+                continue
+            if self.sharing == "fork":
+                for index in range(branch.shared - 1, total):
+                    self._tap("fork", index)
+                for index in range(branch.shared, total):
+                    self._tap("grow", index)
+                for index in self._kept_blocks(total)[:-1]:
+                    self._tap("keep", index)
+            if self.sharing == "replay":
+                for index in self._kept_blocks(branch.shared):
+                    self._tap("keep", index)
+            for index in branch.edits:
+                self._tap("edit", index)
+            for index in branch.skips:
+                self._tap("before skip", index - 1)
+
+    def _tap(self, kind: str, index: int) -> None:
+        if (kind, index) in self._taps:
+            return
+        block = self.anatomy.blocks[index]
+        if kind == "grow":
+            self._taps[kind, index] = tap_before(block.module, self._grow(block))
+            return
+        make = {"keep": self._keep, "edit": self._edit, "before skip": self._remember, "fork": self._fork}[kind]
+        # edits come before any other hook, so that `record` sees what the later blocks see
+        self._taps[kind, index] = tap(block.module, make(block), first=kind in ("edit", "fork"))
+
+    def _keep(self, block: Block) -> Callable[..., Any]:
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            if self._call is not None and self._running is None:
+                self._kept[block.index] = output
+
+        return after
+
+    def _edit(self, block: Block) -> Callable[..., Any]:
+        def after(module: nn.Module, args: Any, output: Any) -> Any:
+            if self._running is None:
+                return None
+            branch, first_live = self._running
+            edit = branch.edits.get(block.index)
+            if edit is None or block.index < first_live:
+                return None
+            return block.with_image(output, edit(block.image(output)))
+
+        return after
+
+    def _remember(self, block: Block) -> Callable[..., Any]:
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            if self._running is not None:
+                self._before_skip = output
+
+        return after
+
+    def _grow(self, block: Block) -> Callable[..., Any]:
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+            if self._call is None or self._running is not None or not self._forked:
+                return args, kwargs
+            return self.anatomy.grow(block, args, kwargs, self._rows * len(self._forked), self._call.batch)
+
+        return before
+
+    def _fork(self, block: Block) -> Callable[..., Any]:
+        def after(module: nn.Module, args: Any, output: Any) -> Any:
+            call, count = self._call, len(self._rows)
+            if call is None or self._running is not None:
+                return None
+            for number, branch in enumerate(self._branches):
+                if branch.shared - 1 == block.index:
+                    self._forked.append(number)
+                    output = _each_tensor(output, lambda t: torch.cat([t, t[consecutive(self._rows)]]))
+                if number in self._forked and block.index in branch.edits:
+                    start = call.batch + self._forked.index(number) * count
+                    image = block.image(output).clone()
+                    image[start : start + count] = branch.edits[block.index](image[start : start + count])
+                    output = block.with_image(output, image)
+            if block.index < len(self.anatomy.blocks) - 1:
+                joined = [call.timesteps[row] for row in self._rows] * len(self._forked)
+                degraded_pass.set(Pass(call.labels + (DEGRADED,) * len(joined), call.timesteps + joined))
+                return output
+            degraded_pass.set(None)
+            self._last = _each_tensor(output, lambda t: t[call.batch :])
+            return _each_tensor(output, lambda t: t[: call.batch])
+
+        return after
+
+
+def _returning(output: Any) -> Callable[..., Any]:
+    return lambda *args, **kwargs: output
+
+
+def _each_tensor(output: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """`function` of each tensor in a block's output, which is one or a tuple of tensors and None."""
+    if isinstance(output, tuple):
+        return tuple(_each_tensor(part, function) for part in output)
+    return function(output) if isinstance(output, Tensor) else output
