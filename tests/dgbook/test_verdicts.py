@@ -1,0 +1,289 @@
+"""The words for each part of the claims: what intervals decide, what they leave open, and how a chapter ends."""
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dgbook.claims import derived, paper, results, verdicts
+from dgbook.claims.names import METHODS
+from dgbook.claims.results import Result
+from dgbook.claims.verdicts import compare
+from dgbook.measures.stats import Interval
+from dgbook.notebooks import NOTEBOOKS
+
+
+def tables(values: dict[str, Any]) -> dict[str, Any]:
+    """Nested tables from values by their paths."""
+    found: dict[str, Any] = {}
+    for path, value in values.items():
+        *keys, last = path.split(".")
+        table = found
+        for key in keys:
+            table = table.setdefault(key, {})
+        table[last] = value
+    return found
+
+
+HOLDS: dict[str, dict[str, Any]] = {
+    "01_layer_properties": {
+        "blocks": 8,
+        "blocks_with_massive": 8,
+        "fixed_dims": [7],
+        "largest.token_share": 0.95,
+        "largest.ratio": 12.1,
+    },
+    "02_timestep_vs_text": {
+        "share.timestep": Interval(0.8, 0.7, 0.9),
+        "share.condition": Interval(0.05, 0.02, 0.08),
+        "trend": Interval(2, 1.5, 2.5),
+        "gates.same_largest": 9,
+        "gates.count": 16,
+    },
+    "03_intervention": {
+        "settings.massive.low_error": Interval(0.03, 0.02, 0.04),
+        "settings.random.high_error": Interval(0.03, 0.02, 0.04),
+        "contrast.massive - random.high_error": Interval(0.2, 0.1, 0.3),
+        "contrast.massive - matched.high_error": Interval(0.2, 0.1, 0.3),
+        "settings.massive.sharpness_ratio": Interval(0.7, 0.6, 0.8),
+        "contrast.massive - original.agreement": Interval(-0.02, -0.04, 0.0),
+    },
+    "04_detail_guidance": {
+        "settings.dg.high_frequency_change": Interval(0.2, 0.1, 0.3),
+        "contrast.cfg+dg - cfg.high_frequency_change": Interval(0.2, 0.1, 0.3),
+        "settings.dg.low_error": Interval(0.03, 0.02, 0.04),
+        "settings.dg.agreement": Interval(0.7, 0.65, 0.75),
+        "settings.cfg.high_frequency_change": Interval(-0.3, -0.4, -0.2),
+        "settings.cfg.agreement": Interval(0.8, 0.76, 0.84),
+        "contrast.dg - none.agreement": Interval(0.1, 0.01, 0.2),
+        "contrast.cfg+dg - cfg.agreement": Interval(-0.01, -0.04, 0.02),
+        "contrast.dg - none.frechet": Interval(-1, -2, -0.5),
+        "contrast.cfg+dg - cfg.frechet": Interval(-1, -2, -0.5),
+        "settings.none.frechet": 5.5,
+        "settings.cfg.frechet": 3.5,
+    },
+    "05_ablations": {
+        "blocks": 3,
+        "sweeps.block.last_ratio": 1.02,
+        "sweeps.block.sharpness_ratio": np.array([[0, 1.2, 1, 2], [1, 1.5, 1.1, 2], [2, 1.0234567891, 1, 2]]),
+        "sweeps.w.agreement_change": np.array([[0, 0, 0, 0], [0.5, 0.1, -0.04, 0.2], [1, -0.02, -0.04, 0.01]]),
+        "methods.cfg.frechet": 3.5,
+        "methods.cfg.frechet_change": Interval(0, 0, 0),
+        "methods.none.frechet_change": Interval(-9, -9, -9),
+        "methods.apg.frechet_change": Interval(-0.5, -0.55, -0.2),
+        "methods.cfg+dg.frechet_change": Interval(-1, -1.4, -0.6),
+    },
+    "06_imagenet": {
+        "contrast.uncond+dg - uncond.frechet": Interval(-2, -3, -1),
+        "contrast.cond+dg - cond.frechet": Interval(-2, -3, -1),
+        "settings.uncond.is": Interval(4, 3, 5),
+        "settings.uncond+dg.is": Interval(6, 5.1, 7),
+        "settings.cond.is": Interval(6, 5, 7),
+        "settings.cond+dg.is": Interval(8, 7.1, 9),
+        "settings.uncond.precision": Interval(0.5, 0.4, 0.6),
+        "settings.uncond+dg.precision": Interval(0.7, 0.61, 0.8),
+        "settings.cond.precision": Interval(0.6, 0.5, 0.7),
+        "settings.cond+dg.precision": Interval(0.8, 0.71, 0.9),
+    },
+}
+BLOCKS, OVER_W = "sweeps.block.sharpness_ratio", "sweeps.w.agreement_change"
+ONE_PART_OFF: list[tuple[str, str, Any, str]] = [
+    ("01_layer_properties", "blocks_with_massive", 7, "does not hold"),
+    ("01_layer_properties", "fixed_dims", [], "does not hold"),
+    ("01_layer_properties", "largest.token_share", 0.8, "does not hold"),
+    ("02_timestep_vs_text", "share.timestep", Interval(0.3, 0.07, 0.9), "undecided"),
+    ("02_timestep_vs_text", "share.condition", Interval(0.05, 0.02, 0.11), "undecided"),
+    ("02_timestep_vs_text", "trend", Interval(1.1, 0.9, 1.3), "undecided"),
+    ("02_timestep_vs_text", "gates.same_largest", 8, "does not hold"),
+    ("03_intervention", "settings.massive.low_error", Interval(0.04, 0.03, 0.06), "undecided"),
+    ("03_intervention", "settings.random.high_error", Interval(0.04, 0.03, 0.06), "undecided"),
+    ("03_intervention", "contrast.massive - random.high_error", Interval(0.1, -0.1, 0.3), "undecided"),
+    ("03_intervention", "contrast.massive - matched.high_error", Interval(-0.1, -0.2, -0.05), "does not hold"),
+    ("03_intervention", "settings.massive.sharpness_ratio", Interval(0.9, 0.8, 1.1), "undecided"),
+    ("03_intervention", "contrast.massive - original.agreement", Interval(-0.03, -0.06, 0.0), "undecided"),
+    ("04_detail_guidance", "contrast.dg - none.frechet", Interval(-1, -2, 0.5), "undecided"),
+    ("04_detail_guidance", "contrast.cfg+dg - cfg.frechet", Interval(1, 0.5, 2), "does not hold"),
+    ("04_detail_guidance", "settings.dg.high_frequency_change", Interval(0.1, -0.1, 0.3), "undecided"),
+    ("04_detail_guidance", "contrast.cfg+dg - cfg.high_frequency_change", Interval(-0.1, -0.2, 0), "does not hold"),
+    ("04_detail_guidance", "contrast.cfg+dg - cfg.agreement", Interval(-0.3, -0.4, -0.1), "does not hold"),
+    ("04_detail_guidance", "contrast.dg - none.agreement", Interval(0.1, 0.0, 0.2), "undecided"),
+    ("04_detail_guidance", "settings.dg.low_error", Interval(0.06, 0.05, 0.07), "does not hold"),
+    ("04_detail_guidance", "settings.cfg.high_frequency_change", Interval(0.05, 0.01, 0.15), "undecided"),
+    ("04_detail_guidance", "settings.cfg.agreement", Interval(0.8, 0.72, 0.88), "undecided"),
+    # sharpest at the first block, or nothing beyond chance; the last changes as much as another, or the other way
+    ("05_ablations", BLOCKS, np.array([[0, 1.2, 1, 2], [1, 1.1, 1, 2], [2, 1.01, 1, 2]]), "does not hold"),
+    ("05_ablations", BLOCKS, np.array([[0, 1.2, 1, 2], [1, 1.5, 0.9, 2], [2, 1.01, 1, 2]]), "does not hold"),
+    ("05_ablations", BLOCKS, np.array([[0, 1.05, 1, 2], [1, 1.5, 1.1, 2], [2, 1.1, 1, 2]]), "does not hold"),
+    ("05_ablations", BLOCKS, np.array([[0, 1.05, 1, 2], [1, 1.5, 1.1, 2], [2, 0.6, 0, 2]]), "does not hold"),
+    ("05_ablations", OVER_W, np.array([[0, 0, 0, 0], [0.5, 0.1, -0.06, 0.2], [1, 0, 0, 0]]), "undecided"),
+    ("05_ablations", OVER_W, np.array([[0, 0, 0, 0], [0.5, -0.1, -0.2, -0.06], [1, 0, 0, 0]]), "does not hold"),
+    ("05_ablations", "methods.apg.frechet_change", Interval(-0.5, -0.8, -0.2), "undecided"),
+    ("05_ablations", "methods.apg.frechet_change", Interval(-2.5, -2.8, -2.2), "does not hold"),
+    ("06_imagenet", "contrast.cond+dg - cond.frechet", Interval(-2, -3, 0.5), "undecided"),
+    ("06_imagenet", "settings.uncond+dg.is", Interval(6, 4.9, 7), "undecided"),
+    ("06_imagenet", "settings.cond+dg.is", Interval(4, 3.9, 4.8), "does not hold"),
+    ("06_imagenet", "settings.uncond+dg.precision", Interval(0.7, 0.59, 0.8), "undecided"),
+    ("06_imagenet", "settings.cond+dg.precision", Interval(0.7, 0.69, 0.8), "undecided"),
+]
+
+
+# one comparison -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("value", "relation", "bound", "word"),
+    [
+        (Interval(0.2, 0.1, 0.3), ">", 0, "holds"),
+        (Interval(0.1, -0.1, 0.3), ">", 0, "undecided"),
+        (Interval(-0.1, -0.3, 0.1), ">", 0, "undecided"),
+        (Interval(-0.2, -0.3, -0.1), ">", 0, "does not hold"),
+        (Interval(0.2, 0.1, 0.3), "<", 0, "does not hold"),
+        (Interval(-0.2, -0.3, -0.1), "<", 0, "holds"),
+        (Interval(0.2, 0.0, 0.3), ">", 0, "undecided"),  # the end itself is not above
+        (Interval(-0.2, -0.3, 0.0), ">", 0, "does not hold"),
+        (Interval(0.5, 0.4, 0.6), ">", Interval(0.1, 0.05, 0.2), "holds"),
+        (Interval(0.5, 0.4, 0.6), ">", Interval(0.3, 0.2, 0.45), "undecided"),  # they overlap
+        (Interval(0.3, 0.2, 0.45), ">", Interval(0.5, 0.4, 0.6), "undecided"),
+        (Interval(0.1, 0.05, 0.2), ">", Interval(0.5, 0.4, 0.6), "does not hold"),
+        (Interval(0.1, 0.05, 0.2), "<", Interval(0.5, 0.4, 0.6), "holds"),
+        (8, ">=", 8, "holds"),
+        (8, ">", 8, "does not hold"),
+        (7, ">=", 8, "does not hold"),
+    ],
+)
+def test_comparison_of_intervals(value: Any, relation: str, bound: Any, word: str) -> None:
+    assert compare(value, relation, bound) == word
+
+
+# the table of parts ---------------------------------------------------------------------------------------------------
+
+
+def test_the_table_is_about_claims_and_chapters_that_exist() -> None:
+    table = paper.parts()
+    assert table["id"].is_unique and set(table["relation"]) <= set(verdicts.RELATIONS)
+    assert {f"{chapter}.ipynb" for chapter in table["chapter"]} <= set(NOTEBOOKS.values())
+    known = set(paper.claims()["id"])
+    assert all(set(part.claims) <= known for parts in verdicts.parts().values() for part in parts)
+
+
+@pytest.mark.parametrize("chapter", HOLDS)
+def test_every_number_that_a_part_needs_is_measured_on_some_model(chapter: str) -> None:
+    """A path with a slip would read as not measured."""
+    stored = [record.decoded() for record in results.references(chapter).values()]
+    for part in verdicts.parts()[chapter]:
+        paths = [part.value, *[part.bound] * isinstance(part.bound, str), *re.findall(r"\{([^:}]+)", part.shown)]
+        for path in paths:
+            assert any(_measured(values, path) for values in stored), path
+
+
+def _measured(values: dict[str, Any], path: str) -> bool:
+    try:
+        derived.value_at(values, path)
+    except KeyError:
+        return False
+    return True
+
+
+def test_every_method_of_a_result_has_a_name() -> None:
+    for record in results.references("05_ablations").values():
+        assert record.values["methods"].keys() <= METHODS.keys()
+
+
+# verdicts -------------------------------------------------------------------------------------------------------------
+
+
+def test_every_chapter_that_claims_something_is_tried_here() -> None:
+    assert list(verdicts.parts()) == list(HOLDS)
+
+
+@pytest.mark.parametrize("chapter", HOLDS)
+def test_all_parts_hold_for_what_is_read_back_from_a_result_file(chapter: str, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("DGKIT_RESULTS_DIR", str(tmp_path))
+    result = Result(chapter, model="m")
+    result.update(tables(HOLDS[chapter]))
+    found = verdicts.verdict(chapter, results.read(result.save()).decoded())
+    assert str(found) == "reproduced" and {outcome.word for outcome in found.outcomes} == {"holds"}
+    assert all(outcome.numbers for outcome in found.outcomes)
+
+
+@pytest.mark.parametrize(("chapter", "path", "value", "word"), ONE_PART_OFF)
+def test_one_part_that_does_not_hold_is_told(chapter: str, path: str, value: Any, word: str) -> None:
+    found = verdicts.verdict(chapter, tables(HOLDS[chapter] | {path: value}))
+    words = [outcome.word for outcome in found.outcomes]
+    assert str(found) == f"{len(words) - 1} of {len(words)} parts reproduced"
+    assert [other for other in words if other != "holds"] == [word]
+
+
+def test_nothing_measured_is_no_verdict() -> None:
+    found = verdicts.verdict("03_intervention", {})
+    assert str(found) == "not measured" and {str(outcome) for outcome in found.outcomes} == {"not measured"}
+
+
+def test_nothing_that_holds_is_not_reproduced() -> None:
+    values = {
+        "contrast.uncond+dg - uncond.frechet": Interval(2, 1, 3),
+        "contrast.cond+dg - cond.frechet": Interval(1, -1, 3),
+    }
+    assert str(verdicts.verdict("06_imagenet", tables(values))) == "not reproduced"
+
+
+def test_what_was_not_measured_does_not_count() -> None:
+    measured = {path: value for path, value in HOLDS["04_detail_guidance"].items() if "high_frequency" in path}
+    found = verdicts.verdict("04_detail_guidance", tables(measured))
+    assert str(found) == "reproduced"
+    assert [outcome.word for outcome in found.outcomes].count("not measured") == 7
+
+
+def test_numbers_come_with_their_intervals() -> None:
+    shown = [str(o) for o in verdicts.verdict("02_timestep_vs_text", tables(HOLDS["02_timestep_vs_text"])).outcomes]
+    assert shown[0] == "holds: 0.80 [0.70, 0.90] against 0.05 [0.02, 0.08]" and shown[3] == "holds: 9 of 16 gates"
+    shown = [str(o) for o in verdicts.verdict("05_ablations", tables(HOLDS["05_ablations"])).outcomes]
+    assert shown[0] == "holds: block 1 of 0 to 2, sharpness times 1.50"
+    assert shown[2] == "holds: agreement +0.00 (w = 0), +0.10 (w = 0.5), -0.02 (w = 1)"
+    assert shown[4] == "holds: -1.00 [-1.40, -0.60]; APG -0.50 [-0.55, -0.20]"
+
+
+@pytest.mark.parametrize(
+    ("dims", "listed"), [([], "none"), ([7], "dims 7"), ([7, 83], "dims 7 and 83"), ([1, 2, 3], "dims 1, 2 and 3")]
+)
+def test_fixed_dims_are_listed(dims: list[int], listed: str) -> None:
+    assert derived.fixed_dims_listed({"fixed_dims": dims}) == listed
+
+
+# how a chapter ends ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def concluded(tmp_path, monkeypatch):
+    """Stores a reference run, of a chapter and values, and returns the text that ends the chapter."""
+    monkeypatch.setattr(results, "REFERENCE", tmp_path)
+    monkeypatch.setenv("DGKIT_RESULTS_DIR", str(tmp_path))
+    monkeypatch.setenv("DGKIT_COMMAND", "dgkit run x")
+
+    def conclude(chapter: str, values: dict[str, Any], model: str = "tiny-dit") -> str:
+        result = Result(chapter, model="tiny-dit")
+        result.update(tables(values))
+        result.save()
+        return verdicts.conclusion(Result(chapter, model=model)).data
+
+    return conclude
+
+
+def test_a_chapter_ends_with_its_verdict_once_its_parts_and_what_was_run(concluded) -> None:
+    text = concluded("02_timestep_vs_text", HOLDS["02_timestep_vs_text"] | {"trend": Interval(0.4, 0.3, 0.5)})
+    verdict, table, run = text.split("\n\n")
+    assert text.count("3 of 4 parts reproduced") == 1 and "3 of 4 parts reproduced" in verdict
+    assert len(table.splitlines()) == 2 + 4
+    assert r"| the magnitude grows towards the image | **does not hold** | times 0.40 \[0.30, 0.50\] |" in table
+    assert re.match(r"Reference run: `dgkit run x` at commit \w+( with uncommitted changes)?, \d+ s on ", run)
+
+
+def test_a_chapter_that_claims_nothing_ends_with_what_was_run(concluded) -> None:
+    text = concluded("07_ambiguities", {"settings.ours.distance": Interval(0, 0, 0)})
+    assert text.startswith("Reference run: `dgkit run x`") and "erdict" not in text
+
+
+def test_a_model_without_reference_run_gets_no_verdict(concluded) -> None:
+    text = concluded("02_timestep_vs_text", HOLDS["02_timestep_vs_text"], model="sd3")
+    assert text == "No reference run of this chapter on this model is stored, so there is no verdict."
