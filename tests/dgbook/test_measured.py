@@ -14,12 +14,14 @@ import pandas as pd
 import pytest
 from markdown_it import MarkdownIt
 
-from dgbook import notebooks, pages
-from dgbook.claims import findings, paper, results
+from dgbook import notebooks
+from dgbook.claims import paper, results
 from dgbook.claims.results import Result
+from dgbook.claims.verdicts import parts
+from dgbook.markdown import plain, table
 from dgbook.measures.stats import Interval
-from dgbook.pages import beside, exhibits, runs, variants, verdicts
-from dgbook.pages.text import on_models, plain, table
+from dgbook.pages import across, at_scale, beside, exhibits, measured, runs, variants, verdicts
+from dgbook.pages.text import ZOO, on_models
 from dgbook.pages.verdicts import Evidence
 from dgbook.paper_scale import protocol, reproduce
 from dgbook.paper_scale.generate.job import Job
@@ -34,7 +36,7 @@ USED = [
     for text in re.findall(r"```\{measured\} (.*?)(?:\\n\",)?$", page.read_text(), re.MULTILINE)
 ]
 CLAIMS = paper.claims().set_index("id", drop=False)
-TESTED = {claim for parts in findings.CLAIMS.values() for part in parts for claim in part.claims} | {"4.1b", "4.1c"}
+TESTED = {claim for chapter in parts().values() for part in chapter for claim in part.claims} | {"4.1b", "4.1c"}
 
 
 def rows(text: str) -> list[list[str]]:
@@ -67,8 +69,8 @@ def test_every_claim_is_tested_or_says_why_not() -> None:
 
 
 def test_every_claim_says_what_would_test_it_on_the_papers_models() -> None:
-    without = {name for name, claim in CLAIMS.iterrows() if not verdicts.commands(claim)}
-    assert without == {*verdicts.NOT_REPEATABLE, "4.2e"}  # an interpretation
+    without = {name for name, claim in CLAIMS.iterrows() if not at_scale.commands(claim)}
+    assert without == {*at_scale.NOT_REPEATABLE, "4.2e"}  # an interpretation
 
 
 def test_the_claims_cover_the_papers_sections_and_cite_what_exists() -> None:
@@ -79,7 +81,7 @@ def test_the_claims_cover_the_papers_sections_and_cite_what_exists() -> None:
         assert claim["id"].startswith(claim["section"]) and claim["claim"].endswith(".")
         for exhibit in claim["exhibits"].split("; "):
             assert re.sub(r"\(\w\)$", "", exhibit).replace("Fig.", "Figure") in known
-        assert all(name in verdicts.ZOO for name in claim["models"].split("; "))
+        assert all(name in ZOO for name in claim["models"].split("; "))
 
 
 def test_numbers_quoted_from_a_table_are_in_it() -> None:
@@ -107,7 +109,7 @@ def test_win_probabilities_are_those_of_the_data() -> None:
     ],
 )
 def test_commands(claim: str, needed: dict[str, list[str]]) -> None:
-    assert verdicts.commands(CLAIMS.loc[claim]) == needed
+    assert at_scale.commands(CLAIMS.loc[claim]) == needed
 
 
 # evidence -------------------------------------------------------------------------------------------------------------
@@ -117,7 +119,7 @@ def test_a_claim_shows_the_numbers_of_every_reference_run(reference: Any) -> Non
     assert verdicts.evidence("4.1i") == []
     reference("02_timestep_vs_text", "tiny-dit", {"trend": Interval(1.9, 1.8, 2.0)})
     reference("02_timestep_vs_text", "tiny-sd3", {"trend": Interval(0.5, 0.4, 0.6)})
-    reference("02_timestep_vs_text", "sd3", {"gates.count": 3})  # did not measure it
+    reference("02_timestep_vs_text", "sd3", {"gates": {"count": 3}})  # did not measure it
     found = verdicts.evidence("4.1i")
     assert [(e.model, e.word, e.numbers) for e in found] == [
         ("tiny-dit", "holds", "times 1.90 [1.80, 2.00]"),
@@ -165,11 +167,11 @@ def test_early_is_within_a_tenth_of_the_training(monkeypatch: pytest.MonkeyPatch
     table = pd.DataFrame(
         {"step": [100, 100, 500, 500, 1000, 1000], "block": [0, 1] * 3, "ratio": [2, 5.5, 6, 7, 8, 9.0], "dim": 0}
     )
-    monkeypatch.setattr(verdicts.experiments, "training_history", lambda model: table)
+    monkeypatch.setattr(verdicts, "training_history", lambda model: table)
     assert {(e.word, e.numbers) for e in verdicts._early()} == {("holds", "from step 100 of 1,000 on")}
-    monkeypatch.setattr(verdicts.experiments, "training_history", lambda model: table[table["step"] > 100])
+    monkeypatch.setattr(verdicts, "training_history", lambda model: table[table["step"] > 100])
     assert {(e.word, e.numbers) for e in verdicts._early()} == {("does not hold", "from step 500 of 1,000 on")}
-    monkeypatch.setattr(verdicts.experiments, "training_history", lambda model: table[table["ratio"] < 5])
+    monkeypatch.setattr(verdicts, "training_history", lambda model: table[table["ratio"] < 5])
     assert {e.numbers for e in verdicts._early()} == {"not within 100 steps: 2.0 times the median at most"}
 
 
@@ -206,11 +208,11 @@ def test_sizes_need_a_massive_channel_each(monkeypatch: pytest.MonkeyPatch) -> N
     ],
 )
 def test_what_the_papers_own_tables_say(claim: str, said: str) -> None:
-    assert verdicts.recomputed(claim) == said
+    assert paper.recomputed(claim) == said
 
 
 def test_the_papers_scale() -> None:
-    shown = {cells[0]: cells[1:] for cells in rows(verdicts.paper_scale().split("\n\n")[0])}
+    shown = {cells[0]: cells[1:] for cells in rows(at_scale.paper_scale().split("\n\n")[0])}
     n, m, images = 24, 6, 500 * 28  # images times steps; Table 1 has each row without and with DG
     evaluations = images * (n + (2 * n - m) + 2 * n + (3 * n - m))
     assert shown["`dgkit reproduce table1 --model sd3`"][:2] == ["2,000", f"{evaluations:,}"]
@@ -221,11 +223,11 @@ def test_the_papers_scale() -> None:
 
 @pytest.mark.parametrize(("hours", "said"), [(0.123, "0.12"), (3.46, "3.5"), (12.4, "12"), (1234.5, "1,234")])
 def test_hours_have_two_digits_or_none_after_the_point(hours: float, said: str) -> None:
-    assert verdicts._hours(hours) == said
+    assert at_scale._hours(hours) == said
 
 
 def test_costs_are_those_of_table_4() -> None:
-    shown = {cells[0].strip("`"): cells[1:] for cells in rows(pages.costs())}
+    shown = {cells[0].strip("`"): cells[1:] for cells in rows(at_scale.costs())}
     for line in paper.table(4).to_dict("records"):
         n, m = line["blocks"], line["depth"]
         ratios = [(2 * n - m) / (2 * n), (3 * n - m) / (3 * n), (3 * n - m) / (2 * n)]
@@ -239,36 +241,42 @@ def test_costs_are_those_of_table_4() -> None:
 
 
 def test_a_chapters_claim_on_every_model(reference: Any) -> None:
-    assert verdicts.across_models("03_intervention") == verdicts.NO_RUN == verdicts.readings_across_models()
+    assert across.across_models("03_intervention") == across.NO_RUN == across.readings_across_models()
     lower, mixed = Interval(0.7, 0.6, 0.8), Interval(0.9, 0.7, 1.2)
-    reference("03_intervention", "tiny-dit", {"massive.sharpness_ratio": lower})
-    reference("03_intervention", "tiny-flux", {"massive.sharpness_ratio": mixed})
-    text = verdicts.across_models("03_intervention")
+    reference("03_intervention", "tiny-dit", {"settings": {"massive": {"sharpness_ratio": lower}}})
+    reference("03_intervention", "tiny-flux", {"settings": {"massive": {"sharpness_ratio": mixed}}})
+    text = across.across_models("03_intervention")
     assert text.splitlines()[0].split("|")[2:4] == [" `tiny-dit` ", " `tiny-flux` "]
     cells = {row[0]: row[1:] for row in rows(text)}
     assert cells["images become smoother"] == [
         r"holds: sharpness times 0.70 \[0.60, 0.80\]", r"undecided: sharpness times 0.90 \[0.70, 1.20\]"
     ]  # fmt: skip
-    assert cells["verdict"] == ["reproduced", "not reproduced"]
     assert cells["low spatial frequencies stay almost as they were (relative error below 0.05)"][0] == "not measured"
 
 
 def test_readings_on_every_model(reference: Any) -> None:
-    values = {
-        f"{name}.{m}": Interval(0.5, 0.4, 0.6) for name in ("near", "far") for m in ("distance", "sharpness_ratio")
-    }
-    reference("07_ambiguities", "tiny-sd3", values)
-    assert rows(verdicts.readings_across_models()) == [[name, r"0.50 \[0.40, 0.60\]"] for name in ("near", "far")]
+    half = Interval(0.5, 0.4, 0.6)
+    settings = {name: {"distance": half, "sharpness_ratio": half} for name in ("near", "far")}
+    reference("07_ambiguities", "tiny-sd3", {"settings": settings})
+    assert rows(across.readings_across_models()) == [[name, r"0.50 \[0.40, 0.60\]"] for name in ("near", "far")]
 
 
 # beside the paper -----------------------------------------------------------------------------------------------------
 
 GUIDANCE = {
-    "none.agreement": Interval(0.5, 0.4, 0.6), "DG.agreement": Interval(0.7, 0.6, 0.8),
-    "contrast.none.agreement": Interval(0.2, 0.1, 0.3),
-    "none.frechet": 3.0, "DG.frechet": 4.0, "contrast.none.frechet": Interval(1.0, 0.5, 1.5),
-    "contrast.none.high_frequency_change": Interval(0.001, -0.001, 0.003),
-}  # fmt: skip
+    "settings": {
+        "none": {"agreement": Interval(0.5, 0.4, 0.6), "frechet": 3.0},
+        "dg": {"agreement": Interval(0.7, 0.6, 0.8), "frechet": 4.0},
+    },
+    "contrast": {
+        "dg - none": {
+            "agreement": Interval(0.2, 0.1, 0.3),
+            "frechet": Interval(1.0, 0.5, 1.5),
+            "high_frequency_change": Interval(0.001, -0.001, 0.003),
+        },
+        "cfg+dg - cfg": {},
+    },
+}
 
 
 def test_table_3_beside_ours(reference: Any) -> None:
@@ -291,30 +299,36 @@ def test_a_difference_within_rounding_is_not_better(reference: Any) -> None:
     assert shown["SD3", "CFG", "CLIPScore"][3] == "no"
 
 
+def table_6(value: Interval) -> dict[str, dict[str, Interval]]:
+    """The same value for all rows and scores."""
+    scores = ("frechet", "is", "precision", "recall")
+    return {row: dict.fromkeys(scores, value) for row in ("uncond", "uncond+dg", "cond", "cond+dg")}
+
+
 def test_table_6_takes_the_paired_change_where_there_is_one(reference: Any) -> None:
     """Levels that overlap say nothing, and their paired change may; and the other way round."""
     wide, apart = Interval(2, 1, 3), Interval(9, 8, 10)
-    values = {f"{kind}{dg}.{m}": wide for kind in ("uncond", "cond") for dg in ("", "+DG")
-              for m in ("frechet", "is", "precision", "recall")}  # fmt: skip
-    values |= {"cond.frechet_change": Interval(-0.2, -0.3, -0.1), "cond.recall_change": Interval(-0.2, -0.3, -0.1)}
-    values |= {"cond+DG.is": apart, "cond.is_change": Interval(7, -1, 15), "cond+DG.precision": apart}
-    reference("06_imagenet", "tiny-dit", values)
+    settings = table_6(wide)
+    settings["cond+dg"] |= {"is": apart, "precision": apart}
+    lower = Interval(-0.2, -0.3, -0.1)
+    changes = {"frechet": lower, "recall": lower, "is": Interval(7, -1, 15)}
+    reference("06_imagenet", "tiny-dit", {"settings": settings, "contrast": {"cond+dg - cond": changes}})
     ours = [cells for cells in rows(beside.beside_paper("6")) if cells[0] == "`tiny-dit`" and cells[1] == "Cond"]
     assert [cells[6] for cells in ours] == ["yes", "undecided", "yes", "no"]
 
 
 def test_table_2_beside_ours(reference: Any) -> None:
-    reference("05_ablations", "tiny-sd3", {"APG.frechet_change": Interval(-0.5, -0.75, -0.25)})
+    reference("05_ablations", "tiny-sd3", {"methods": {"apg": {"frechet_change": Interval(-0.5, -0.75, -0.25)}}})
     shown = rows(beside.beside_paper("2"))
     assert shown[0] == ["APG", "-0.78", "-0.04", r"-0.50 \[-0.75, -0.25\]"]  # 29.46 and 5.89 against 30.24 and 5.93
     assert shown[3] == ["CFG + DG", "+0.72", "+0.20", "not measured"]
 
 
 def test_table_6_beside_ours(reference: Any) -> None:
-    values = {f"{kind}{dg}.{m}": Interval(2, 1, 3) for kind in ("uncond", "cond") for dg in ("", "+DG")
-              for m in ("frechet", "is", "precision", "recall")}  # fmt: skip
-    values |= {"cond+DG.frechet": Interval(0.5, 0.4, 0.6), "cond.frechet_change": Interval(-1.5, -2.4, -0.6)}
-    reference("06_imagenet", "tiny-dit", values)
+    settings = table_6(Interval(2, 1, 3))
+    settings["cond+dg"]["frechet"] = Interval(0.5, 0.4, 0.6)
+    contrast = {"cond+dg - cond": {"frechet": Interval(-1.5, -2.4, -0.6)}}
+    reference("06_imagenet", "tiny-dit", {"settings": settings, "contrast": contrast})
     ours = [cells for cells in rows(beside.beside_paper("6")) if cells[0] == "`tiny-dit`"]
     assert [cells[6] for cells in ours] == ["undecided"] * 4 + ["yes"] + ["undecided"] * 3
     assert ours[4][3:6] == [r"2.00 \[1.00, 3.00\]", r"0.50 \[0.40, 0.60\]", r"-1.50 \[-2.40, -0.60\]"]
@@ -413,7 +427,7 @@ def test_hardware_names_no_host() -> None:
 
 
 def test_everything_that_can_be_measured_is_on_a_page_and_every_section_of_the_paper() -> None:
-    assert {name for name, *_ in USED} == set(pages.PARTS)
+    assert {name for name, *_ in USED} == set(measured.PARTS)
     assert [argument[0] for name, *argument in USED if name == "verdicts"] == list(dict.fromkeys(CLAIMS["section"]))
     assert {argument[0] for name, *argument in USED if name == "beside-paper"} == {"1", "2", "3", "6"}
 
@@ -432,13 +446,13 @@ def test_everything_that_can_be_measured_is_on_a_page_and_every_section_of_the_p
 )
 def test_what_cannot_be_made_is_one_clear_error(call: tuple[str, ...], allowed: str) -> None:
     with pytest.raises(DgkitError, match=re.escape(allowed)):
-        pages.measured(*call)
+        measured.measured(*call)
 
 
 def test_the_chapters_claims_say_where_a_model_was_not_run(reference: Any) -> None:
-    reference("06_imagenet", "tiny-dit", {"cond.frechet_change": Interval(-2, -3, -1)})
-    shown = rows(verdicts.chapters())
-    assert len(shown) == len(findings.CLAIMS)
+    reference("06_imagenet", "tiny-dit", {"contrast": {"cond+dg - cond": {"frechet": Interval(-2, -3, -1)}}})
+    shown = rows(across.chapters())
+    assert len(shown) == len(parts())
     assert shown[0][2:] == ["not run"] * 3 and shown[5][2:] == ["reproduced", "needs classes", "needs classes"]
 
 
@@ -465,10 +479,10 @@ def test_no_page_has_a_command_that_is_refused(monkeypatch: pytest.MonkeyPatch, 
 
     monkeypatch.setattr(reproduce, "_generate", generating)
     monkeypatch.setattr(reproduce, "job_of", lambda row, seed, weights: None)
-    pages = [exhibits.exhibits(), verdicts.paper_scale(), *(verdicts.section(s) for s in CLAIMS["section"].unique())]
+    shown = [exhibits.exhibits(), at_scale.paper_scale(), *(verdicts.section(s) for s in CLAIMS["section"].unique())]
     spans = {
         (first, *others)
-        for page in pages
+        for page in shown
         for first, rest in re.findall(r"`(dgkit reproduce [^`]*)`((?: or `[^`]*`)*)", page)
         for others in [re.findall("`([^`]*)`", rest)]
     }
@@ -521,7 +535,7 @@ def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_the_directive_is_made_again_when_only_the_data_changed(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     data = ["0.123"]
-    monkeypatch.setitem(pages.PARTS, "chapters", lambda: f"| a |\n| --- |\n| **{data[0]}** |")
+    monkeypatch.setitem(measured.PARTS, "chapters", lambda: f"| a |\n| --- |\n| **{data[0]}** |")
     first, warnings = build("chapters")
     assert "<strong>0.123</strong>" in first and "<table" in first and not warnings
     data[0] = "0.456"
@@ -540,9 +554,9 @@ def test_the_directive_warns_of_what_it_cannot_make(build: Any) -> None:
 def test_the_variants_are_shown_step_by_step_and_claim_by_claim(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(variants.variants, "sentence", lambda: "It grew.")
+    monkeypatch.setattr(variants, "sentence", lambda: "It grew.")
     table = pd.DataFrame({"step": ["10", "20"], "96 channels": ["3.0", "4.0"], "128 channels": ["", "5.0"]})
-    monkeypatch.setattr(variants.variants, "table", lambda: table)
+    monkeypatch.setattr(variants, "table_of_steps", lambda: table)
     assert variants.trainings().startswith("It grew.\n\n| step | 96 channels | 128 channels |\n| --- |")
     assert rows(variants.trainings().partition("\n\n")[2]) == [["10", "3.0", ""], ["20", "4.0", "5.0"]]
 
@@ -553,9 +567,9 @@ def test_the_variants_are_shown_step_by_step_and_claim_by_claim(
         file = tmp_path / "tiny-sd3-long" / f"{chapter}.json"
         file.parent.mkdir(exist_ok=True)
         file.write_text(json.dumps(dataclasses.asdict(record)))
-    monkeypatch.setattr(variants.variants, "FOLDER", tmp_path)
+    monkeypatch.setattr(variants, "FOLDER", tmp_path)
     shown = rows(variants.outcomes().partition("\n\n")[0])
-    assert len(shown) == sum(len(findings.CLAIMS[chapter]) + 1 for chapter in variants.CHAPTERS)
+    assert len(shown) == sum(len(parts()[chapter]) + 1 for chapter in variants.CHAPTERS)
     differing = [cells for cells in shown if cells[2] != cells[3]]
     assert [cells[1] for cells in differing] == ["massive channels in every block", "verdict"]
     assert differing[0][2].startswith("does not hold: 4 of 8") and differing[0][3].startswith("holds: 8 of 8")

@@ -56,7 +56,8 @@ def prose(path: Path) -> str:
 
 def printed() -> set[str]:
     """The paper's numbers of three digits or more; shorter ones would back too much by chance."""
-    found = {n for path in (DATA / "paper").glob("*.csv") for n in NUMBER.findall(path.read_text())}
+    files = set((DATA / "paper").glob("*.csv")) - {DATA / "paper" / "parts.csv"}  # whose numbers are this book's
+    found = {number for path in files for number in NUMBER.findall(path.read_text())}
     return {number for number in found if sum(c.isdigit() for c in number) >= 3}
 
 
