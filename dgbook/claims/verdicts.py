@@ -47,18 +47,38 @@ def _interval(number: float | Interval) -> Interval:
 
 
 @dataclass(frozen=True)
+class Part:
+    """One part of a chapter's claim; `paper.parts` describes the columns."""
+
+    text: str
+    claims: tuple[str, ...]
+    value: str
+    relation: str
+    bound: float | str
+    shown: str
+
+    def outcome(self, values: Values) -> "Outcome":
+        """What a result's values say of it."""
+        try:
+            bound = value_at(values, self.bound) if isinstance(self.bound, str) else self.bound
+            word = compare(value_at(values, self.value), self.relation, bound)
+        except KeyError:
+            return Outcome(self, NOT_MEASURED, "")
+        numbers = re.sub(r"\{([^:}]+):?([^}]*)\}", lambda m: format(value_at(values, m[1]), m[2]), self.shown)
+        return Outcome(self, word, numbers)
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What one result says of one part of a claim.
 
     Attributes:
-        part: the part in words.
-        claims: ids of the paper's claims that it tests; none for what the paper does not claim.
+        part: the part.
         word: "holds", "undecided", "does not hold" or "not measured".
         numbers: the numbers that the word rests on, with their intervals; empty if not measured.
     """
 
-    part: str
-    claims: tuple[str, ...]
+    part: Part
     word: str
     numbers: str
 
@@ -81,28 +101,6 @@ class Verdict:
         if not held:
             return "not reproduced"
         return "reproduced" if held == measured else f"{held} of {measured} parts reproduced"
-
-
-@dataclass(frozen=True)
-class Part:
-    """One part of a chapter's claim, see `paper.parts`."""
-
-    text: str
-    claims: tuple[str, ...]
-    value: str
-    relation: str
-    bound: float | str
-    shown: str
-
-    def outcome(self, values: Values) -> Outcome:
-        """What a result's values say of it."""
-        try:
-            bound = value_at(values, self.bound) if isinstance(self.bound, str) else self.bound
-            word = compare(value_at(values, self.value), self.relation, bound)
-        except KeyError:
-            return Outcome(self.text, self.claims, NOT_MEASURED, "")
-        numbers = re.sub(r"\{([^:}]+):?([^}]*)\}", lambda m: format(value_at(values, m[1]), m[2]), self.shown)
-        return Outcome(self.text, self.claims, word, numbers)
 
 
 @cache
@@ -142,7 +140,7 @@ def conclusion(result: Result) -> Markdown:
     paragraphs = []
     if result.name in parts():
         found = verdict(result.name, reference.decoded())
-        rows = [(plain(o.part), f"**{o.word}**", plain(o.numbers)) for o in found.outcomes]
+        rows = [(plain(o.part.text), f"**{o.word}**", plain(o.numbers)) for o in found.outcomes]
         paragraphs = [
             f"**Verdict on this model: {found}.** The paper's claim, part by part, by the reference run:",
             table(("part", "verdict", "numbers"), rows),

@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from dgbook.claims.verdicts import parts as claimed
+from dgbook.claims import verdicts
 from dgbook.markdown import code, plain, table
 from dgbook.pages.text import ZOO, command_of, on_models
 from dgbook.paper_scale import plan, protocol
@@ -29,8 +29,8 @@ def commands(claim: pd.Series) -> dict[str, list[str]]:
     }
     if needed:
         return needed
-    chapters = [name for name, parts in claimed().items() if any(claim["id"] in part.claims for part in parts)]
-    return {f"dgkit run {command_of(name)}": models for name in chapters}
+    testing = [c for c, parts in verdicts.parts().items() if any(claim["id"] in part.claims for part in parts)]
+    return {f"dgkit run {command_of(chapter)}": models for chapter in testing}
 
 
 def _reproduced(exhibit: str) -> str:

@@ -2,7 +2,7 @@
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import pandas as pd
@@ -57,17 +57,18 @@ class Evidence:
     numbers: str
 
 
-def evidence(claim: str) -> list[Evidence]:
-    """Everything measured about one claim on our models (id as in `dgbook.claims.paper.claims`)."""
-    found = [
-        Evidence(outcome.part, chapter, model, outcome.word, outcome.numbers)
-        for chapter in parts()
-        for judged in [of_references(chapter)]
-        for row in zip(*(verdict.outcomes for verdict in judged.values()), strict=True)
-        for model, outcome in zip(judged, row, strict=True)
-        if claim in outcome.claims and outcome.word != NOT_MEASURED
-    ]
-    return found + [*_EXTRA.get(claim, lambda: iter(()))()]
+def evidence() -> dict[str, list[Evidence]]:
+    """Everything measured about each claim on our models, by the claim's id."""
+    found: dict[str, list[Evidence]] = {claim: [] for claim in paper.claims()["id"]}
+    for chapter in parts():
+        judged = of_references(chapter)
+        for row in zip(*(verdict.outcomes for verdict in judged.values()), strict=True):
+            for model, outcome in zip(judged, row, strict=True):
+                for claim in outcome.part.claims if outcome.word != NOT_MEASURED else ():
+                    found[claim].append(Evidence(outcome.part.text, chapter, model, outcome.word, outcome.numbers))
+    found["4.1b"] += _early()
+    found["4.1c"] += _sizes()
+    return found
 
 
 def _early() -> Iterator[Evidence]:
@@ -112,9 +113,6 @@ def _word(holds: bool) -> str:
     return HOLDS if holds else FAILS
 
 
-_EXTRA: dict[str, Callable[[], Iterator[Evidence]]] = {"4.1b": _early, "4.1c": _sizes}
-
-
 def tally(found: Sequence[Evidence]) -> Counter[str]:
     """On how many models all parts of a claim hold, on how many one does not, and on how many that is undecided."""
     words: dict[str, set[str]] = {}
@@ -123,7 +121,7 @@ def tally(found: Sequence[Evidence]) -> Counter[str]:
     return Counter(next(word for word in (FAILS, UNDECIDED, HOLDS) if word in said) for said in words.values())
 
 
-def verdict(found: Sequence[Evidence]) -> str:
+def summary(found: Sequence[Evidence]) -> str:
     """`tally` in words."""
     counts = tally(found)
     tested, held, undecided = counts.total(), counts[HOLDS], counts[UNDECIDED]
@@ -139,7 +137,7 @@ def counts() -> str:
     """How many claims hold on how many of the models they were tested on, by section."""
     claims = paper.claims()
     columns = list(_COLUMNS.values())
-    found = pd.Series([_COLUMNS[_colour(evidence(claim))] for claim in claims["id"]])
+    found = claims["id"].map(evidence()).map(_colour).map(_COLUMNS)
     lines = []
     for number, group in claims.groupby("section", sort=False):
         of_section = found[group.index].value_counts()
@@ -165,7 +163,8 @@ def section(number: str) -> str:
     found = claims[claims["section"] == number]
     if found.empty:
         raise DgkitError(f"section={number!r} is not allowed: use one of {', '.join(dict.fromkeys(claims['section']))}")
-    return "\n\n".join(_card(claim) for _, claim in found.iterrows())
+    measured = evidence()
+    return "\n\n".join(_card(claim, measured[claim["id"]]) for _, claim in found.iterrows())
 
 
 def _target(claim: str) -> str:
@@ -189,14 +188,14 @@ def _colour(found: Sequence[Evidence]) -> str:
     return "success" if counts[HOLDS] == counts.total() else "warning" if counts[HOLDS] else "danger"
 
 
-def _card(claim: pd.Series) -> str:
+def _card(claim: pd.Series, found: Sequence[Evidence]) -> str:
     """One claim, what was measured about it, and what would test it on the paper's models."""
-    name, found = claim["id"], evidence(claim["id"])
+    name = claim["id"]
     said = [claim["exhibits"].replace("; ", ", "), claim["models"].replace("; ", ", "), plain(claim["numbers"])]
     lines = [
         f"({_target(name)})=",
         "::::{card}",
-        f"**{name} {plain(claim['claim'])}** {{bdg-{_colour(found)}}}`{verdict(found)}`",
+        f"**{name} {plain(claim['claim'])}** {{bdg-{_colour(found)}}}`{summary(found)}`",
         "",
         f"The paper: {'; '.join(part for part in said if part)}.",
         "",

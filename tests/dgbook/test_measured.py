@@ -116,11 +116,11 @@ def test_commands(claim: str, needed: dict[str, list[str]]) -> None:
 
 
 def test_a_claim_shows_the_numbers_of_every_reference_run(reference: Any) -> None:
-    assert verdicts.evidence("4.1i") == []
+    assert verdicts.evidence()["4.1i"] == []
     reference("02_timestep_vs_text", "tiny-dit", {"trend": Interval(1.9, 1.8, 2.0)})
     reference("02_timestep_vs_text", "tiny-sd3", {"trend": Interval(0.5, 0.4, 0.6)})
     reference("02_timestep_vs_text", "sd3", {"gates": {"count": 3}})  # did not measure it
-    found = verdicts.evidence("4.1i")
+    found = verdicts.evidence()["4.1i"]
     assert [(e.model, e.word, e.numbers) for e in found] == [
         ("tiny-dit", "holds", "times 1.90 [1.80, 2.00]"),
         ("tiny-sd3", "does not hold", "times 0.50 [0.40, 0.60]"),
@@ -152,7 +152,7 @@ def test_a_claim_without_evidence_is_not_tested_and_has_its_reason(reference: An
 )
 def test_a_claim_holds_on_a_model_where_all_its_parts_do(words: list[tuple[str, str]], said: str, colour: str) -> None:
     found = [Evidence("part", "01_layer_properties", model, word, "") for model, word in words]
-    assert verdicts.verdict(found) == said and verdicts._colour(found) == colour
+    assert verdicts.summary(found) == said and verdicts._colour(found) == colour
 
 
 def test_counts_are_of_all_claims(reference: Any) -> None:

@@ -236,9 +236,9 @@ def test_what_was_not_measured_does_not_count() -> None:
 
 
 def test_numbers_come_with_their_intervals() -> None:
-    shown = [str(o) for o in verdicts.verdict("02_timestep_vs_text", tables(HOLDS["02_timestep_vs_text"])).outcomes]
+    shown = [*map(str, verdicts.verdict("02_timestep_vs_text", tables(HOLDS["02_timestep_vs_text"])).outcomes)]
     assert shown[0] == "holds: 0.80 [0.70, 0.90] against 0.05 [0.02, 0.08]" and shown[3] == "holds: 9 of 16 gates"
-    shown = [str(o) for o in verdicts.verdict("05_ablations", tables(HOLDS["05_ablations"])).outcomes]
+    shown = [*map(str, verdicts.verdict("05_ablations", tables(HOLDS["05_ablations"])).outcomes)]
     assert shown[0] == "holds: block 1 of 0 to 2, sharpness times 1.50"
     assert shown[2] == "holds: agreement +0.00 (w = 0), +0.10 (w = 0.5), -0.02 (w = 1)"
     assert shown[4] == "holds: -1.00 [-1.40, -0.60]; APG -0.50 [-0.55, -0.20]"
