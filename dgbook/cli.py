@@ -22,7 +22,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return arguments.verb(arguments)
     except DgkitError as error:
         print("dgkit:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] in ("dgkit", "dgbook"):
+            raise
+        print(f'dgkit: {error.name} is not installed: pip install "dgkit[book]"', file=sys.stderr)
+    return 2
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -41,8 +45,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.set_defaults(verb=_run)
 
-    book = verbs.add_parser("book", help="prepare the book").add_subparsers(required=True, metavar="VERB")
-    book.add_parser("execute", help="run all notebooks in place, with their defaults").set_defaults(verb=_book_execute)
+    book = verbs.add_parser("book", help="the notebooks as committed").add_subparsers(required=True, metavar="VERB")
+    book.add_parser("accept", help="make those that `make book` executed the committed ones").set_defaults(
+        verb=_book_accept
+    )
 
     results = verbs.add_parser("results", help="measured numbers").add_subparsers(required=True, metavar="VERB")
     results.add_parser("check", help="compare the last run with the accepted results").set_defaults(verb=_results_check)
@@ -131,10 +137,11 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _book_execute(arguments: argparse.Namespace) -> int:
+def _book_accept(arguments: argparse.Namespace) -> int:
     from dgbook import notebooks
 
-    notebooks.execute_all()
+    for path in notebooks.accept():
+        print(path)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Runs the book's notebooks through papermill: one with other parameters, or all in place for the book."""
+"""Runs the book's notebooks with other parameters, through papermill, and accepts those that `make book` executed."""
 
 import ast
 import json
@@ -6,7 +6,6 @@ import os
 import shlex
 import shutil
 import sys
-import tempfile
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,9 +21,9 @@ from papermill.cli import _resolve_type as resolve_type
 from papermill.exceptions import PapermillExecutionError
 
 from dgbook.claims.results import safe_name
-from dgbook.paths import build_dir, results_dir
+from dgbook.paths import build_dir
 from dgkit.errors import DgkitError
-from dgkit.paths import CHECKOUT
+from dgkit.paths import CHECKOUT, DATA
 
 NOTEBOOKS = {
     "layer-properties": "01_layer_properties.ipynb",
@@ -37,11 +36,8 @@ NOTEBOOKS = {
 }
 """Short names and files, in the book's order."""
 
-FOLDER: Path | None = CHECKOUT and CHECKOUT / "notebooks"
-
-
-# tqdm's complaint about widgets, which a page cannot show anyway
-_QUIET = "ignore:IProgress not found"
+FOLDER = (CHECKOUT or DATA) / "notebooks"
+"""The notebooks and `reference.toml`; an installed wheel has them beside its data."""
 
 
 def execute(name: str, parameters: dict[str, Any], output: Path | None = None, progress: bool = True) -> Path:
@@ -72,11 +68,8 @@ def execute(name: str, parameters: dict[str, Any], output: Path | None = None, p
         candidates = (runs / f"{name}-{safe_name(model)}-{number}" for number in count(1))
         output = next(folder for folder in candidates if not folder.exists())
     output.mkdir(parents=True, exist_ok=True)
-    options = "".join(f" -p {shlex.quote(f'{key}={_shown(value)}')}" for key, value in parameters.items())
     target = output / source.name
-    with _environment(
-        DGKIT_RESULTS_DIR=str(output.absolute()), DGKIT_COMMAND=f"dgkit run {name}{options}", PYTHONWARNINGS=_QUIET
-    ):
+    with _environment(kernel_environment(name, parameters) | {"DGKIT_RESULTS_DIR": str(output.absolute())}):
         try:
             notebook = papermill.execute_notebook(
                 _literal(source),
@@ -95,30 +88,35 @@ def execute(name: str, parameters: dict[str, Any], output: Path | None = None, p
     return output
 
 
-def execute_all(progress: bool = True) -> None:
-    """Run every notebook with its default parameters and put the outputs back into it, for the book.
+def kernel_environment(name: str, parameters: dict[str, Any]) -> dict[str, str]:
+    """What the kernel of a run inherits: the command for its result file, and no warning that a page would show."""
+    options = "".join(f" -p {shlex.quote(f'{key}={_shown(value)}')}" for key, value in parameters.items())
+    # tqdm misses widgets, which a page cannot show anyway
+    return {"DGKIT_COMMAND": f"dgkit run {name}{options}", "PYTHONWARNINGS": "ignore:IProgress not found"}
 
-    The result files go to `results_dir()`. A notebook that fails leaves its file and its results untouched.
+
+def accept() -> list[Path]:
+    """Make the notebooks as `make book` executed them, in `_build/site/notebooks`, the committed ones.
+
+    Returns:
+        Those that changed.
 
     Raises:
-        DgkitError: a cell raised, or a notebook wrote no result file.
+        DgkitError: one of them was not executed to its end, or has other cells by now.
     """
-    target = results_dir()
-    target.mkdir(parents=True, exist_ok=True)
-    for name in NOTEBOOKS:
-        source = _source(name)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            run = execute(name, {}, Path(folder), progress)
-            results = sorted(run.glob("*/*.json"))
-            if not results:
-                raise DgkitError(f"notebook {name!r} wrote no result file")
-            for result in results:
-                destination = target / result.relative_to(run)
-                destination.parent.mkdir(exist_ok=True)
-                os.replace(result, destination)
-            partial = source.with_name(f".{source.name}.partial")
-            shutil.copyfile(run / source.name, partial)  # the run may lie on another file system
-            os.replace(partial, source)
+    changed = []
+    for file in NOTEBOOKS.values():
+        executed, committed = build_dir() / "site" / "notebooks" / file, FOLDER / file
+        if not executed.is_file() or _cells(executed) != _cells(committed):
+            raise DgkitError(f"{committed} has not been executed as it is: run make book first")
+        if executed.read_bytes() != committed.read_bytes():
+            shutil.copy2(executed, committed)  # with its time, so that make does not find it newer than its execution
+            changed.append(committed)
+    return changed
+
+
+def _cells(path: Path) -> list[str]:
+    return [cell.source for cell in nbformat.read(path, 4).cells]
 
 
 def parse_parameter(text: str) -> tuple[str, Any]:
@@ -172,8 +170,6 @@ def _default_model(source: Path) -> str:
 def _source(name: str) -> Path:
     if name not in NOTEBOOKS:
         raise DgkitError(f"notebook {name!r} is unknown: use one of {', '.join(NOTEBOOKS)}")
-    if FOLDER is None:
-        raise DgkitError("the notebooks are not part of the installed package: run dgkit from a checkout")
     path = FOLDER / NOTEBOOKS[name]
     if not path.is_file():
         raise DgkitError(f"notebook {name!r} is missing: {path}")
@@ -191,7 +187,7 @@ def _shown(value: Any) -> str:
 
 
 @contextmanager
-def _environment(**variables: str) -> Iterator[None]:
+def _environment(variables: dict[str, str]) -> Iterator[None]:
     """Set environment variables, which the kernel inherits."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)

@@ -16,7 +16,7 @@ from sphinx.errors import ConfigError
 
 VARIABLE = "DGKIT_REPOSITORY_URL"
 INSTALL = """```python
-%pip install "dgkit @ git+{}"
+%pip install "dgkit[book] @ git+{}"
 ```"""
 
 

@@ -22,8 +22,8 @@ BOOK_TOOLS = ("jupyter-book", "Sphinx", "myst-nb", "papermill")
 def pages() -> dict[str, Record]:
     """The result of each notebook that the pages show: of this build's execution, else the accepted one.
 
-    A result without a command was not made by `dgkit book execute`, so its notebook's outputs are not on the pages. A
-    notebook that has neither is left out.
+    A result without a command was not made by `make book`, so its notebook's outputs are not on the pages. A notebook
+    that has neither is left out.
     """
     found = {}
     for name, file in notebooks.NOTEBOOKS.items():

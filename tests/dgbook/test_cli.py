@@ -1,13 +1,15 @@
 """The command line: what each verb calls, and errors as one line."""
 
+import importlib
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+import dgkit
 from dgbook import cli, notebooks, paths
-from dgbook.claims import results
+from dgbook.claims import acceptance, results
 from dgkit import zoo
 
 
@@ -39,7 +41,7 @@ def test_reference_run_starts_from_its_parameters(executed, monkeypatch):
     assert executed == [("intervention", expected, paths.build_dir() / "reference")]
 
 
-@pytest.mark.parametrize("arguments", [["run", "nonsense"], ["run", "nonsense", "--reference"], ["tiny", "train", "x"]])
+@pytest.mark.parametrize("arguments", [["run", "nonsense"], ["run", "nonsense", "--reference"]])
 def test_errors_are_one_line_and_exit_2(arguments, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "build_dir", lambda: tmp_path)
     assert cli.main(arguments) == 2
@@ -56,14 +58,27 @@ def test_other_errors_are_not_hidden(monkeypatch):
         cli.main(["run", "intervention"])
 
 
-def test_book_execute(monkeypatch):
-    calls = []
-    monkeypatch.setattr(notebooks, "execute_all", lambda: calls.append("all"))
-    assert cli.main(["book", "execute"]) == 0 and calls == ["all"]
+def test_a_missing_extra_is_one_line(monkeypatch, capsys):
+    def missing(*arguments):
+        importlib.import_module(absent)
+
+    monkeypatch.setattr(notebooks, "execute", missing)
+    absent = "absent.module"
+    assert cli.main(["run", "intervention"]) == 2
+    assert capsys.readouterr().err == 'dgkit: absent is not installed: pip install "dgkit[book]"\n'
+    absent = "dgbook.absent"  # no extra has it
+    with pytest.raises(ModuleNotFoundError):
+        cli.main(["run", "intervention"])
+
+
+def test_book_accept(monkeypatch, capsys):
+    monkeypatch.setattr(notebooks, "accept", lambda: [Path("changed.ipynb")])
+    assert cli.main(["book", "accept"]) == 0 and capsys.readouterr().out == "changed.ipynb\n"
 
 
 def test_results_check_and_accept(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(paths, "build_dir", lambda: tmp_path / "_build")
+    assert acceptance.TOLERANCES == results.ACCEPTED / "tolerances.toml"  # which hold in the folders below, too
     monkeypatch.setattr(results, "ACCEPTED", tmp_path / "accepted")
     monkeypatch.setattr(results, "REFERENCE", tmp_path / "accepted" / "reference")
 
@@ -105,7 +120,7 @@ import dgbook.cli
 dgbook.cli._parser().format_help()
 print(*{"torch", "diffusers", "papermill", "numpy", "scipy"} & set(sys.modules))
 """
-    command = [sys.executable, "-c", program, str(Path(cli.__file__).parent)]
+    command = [sys.executable, "-c", program, str(Path(dgkit.__file__).parent)]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.split() == []
 
 

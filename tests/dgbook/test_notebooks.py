@@ -102,44 +102,44 @@ def test_a_failing_cell_is_one_error_and_leaves_the_notebook_to_look_at(folder, 
     assert "DGKIT_COMMAND" not in notebooks.os.environ
 
 
-def test_unknown_and_missing_notebooks_are_errors(folder, monkeypatch):
+def test_unknown_and_missing_notebooks_are_errors(folder):
     with pytest.raises(DgkitError, match="use one of demo, failing"):
         notebooks.execute("dem", {})
     (folder / "01_demo.ipynb").unlink()
     with pytest.raises(DgkitError, match="missing"):
         notebooks.execute("demo", {})
-    monkeypatch.setattr(notebooks, "FOLDER", None)
-    with pytest.raises(DgkitError, match="checkout"):
-        notebooks.execute("demo", {})
 
 
-def test_execute_all_fills_the_notebooks_in_place_until_one_fails(folder, tmp_path):
-    failing = (folder / "02_failing.ipynb").read_bytes()
-    with pytest.raises(DgkitError, match="num_samples is odd"):
-        notebooks.execute_all(progress=False)
-    executed = nbformat.read(folder / "01_demo.ipynb", 4)
-    assert [cell.metadata.get("tags") for cell in executed.cells] == [["parameters"], None]
-    assert "measured 8" in texts(folder / "01_demo.ipynb")
-    written = tmp_path / "results" / "tiny-dit" / "demo.json"
-    assert json.loads(written.read_text()) == [8, [1], "dgkit run demo"]
-    assert (folder / "02_failing.ipynb").read_bytes() == failing
-    assert sorted(p.name for p in tmp_path.iterdir()) == [folder.name, "results"]
+@pytest.fixture
+def site(folder, tmp_path):
+    """Both notebooks as `make book` leaves them where a build with other outputs executed them."""
+    site = tmp_path / "_build" / "site" / "notebooks"
+    site.mkdir(parents=True)
+    for source in folder.glob("*.ipynb"):
+        executed = nbformat.read(source, 4)
+        executed.cells[1].outputs = [nbformat.v4.new_output("stream", text="measured 8")]
+        nbformat.write(executed, site / source.name)
+    return site
 
 
-def test_execute_all_twice_changes_nothing(folder, monkeypatch):
-    monkeypatch.setattr(notebooks, "NOTEBOOKS", {"demo": "01_demo.ipynb"})
-    notebooks.execute_all(progress=False)
-    once = (folder / "01_demo.ipynb").read_bytes()
-    notebooks.execute_all(progress=False)
-    assert (folder / "01_demo.ipynb").read_bytes() == once
+def test_accept_commits_what_the_book_executed(folder, site):
+    assert notebooks.accept() == [folder / "01_demo.ipynb", folder / "02_failing.ipynb"]
+    assert texts(folder / "01_demo.ipynb") == "measured 8"
+    for executed in site.iterdir():
+        assert (folder / executed.name).read_bytes() == executed.read_bytes()
+        assert (folder / executed.name).stat().st_mtime_ns == executed.stat().st_mtime_ns  # make has nothing to do
+    assert notebooks.accept() == []
 
 
-def test_execute_all_insists_on_a_result(folder, monkeypatch):
-    monkeypatch.setattr(notebooks, "NOTEBOOKS", {"demo": "01_demo.ipynb"})
-    write_notebook(folder / "01_demo.ipynb", "print('nothing measured')")
-    with pytest.raises(DgkitError, match="wrote no result file"):
-        notebooks.execute_all(progress=False)
-    assert texts(folder / "01_demo.ipynb") == ""
+def test_accept_refuses_what_was_not_executed_as_it_is(folder, site):
+    write_notebook(folder / "01_demo.ipynb", MEASURE, "print('a new cell')")
+    with pytest.raises(DgkitError, match="01_demo.ipynb has not been executed as it is: run make book first"):
+        notebooks.accept()
+    assert "a new cell" in (folder / "01_demo.ipynb").read_text()
+    write_notebook(folder / "01_demo.ipynb", MEASURE)
+    (site / "02_failing.ipynb").unlink()
+    with pytest.raises(DgkitError, match="02_failing.ipynb has not been executed"):
+        notebooks.accept()
 
 
 @pytest.mark.parametrize("value", ["3", "-1", "0.5", "1e-3", "True", "False", "None", "tiny-dit", "a=b", "", "true"])

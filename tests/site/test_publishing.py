@@ -248,7 +248,7 @@ def test_with_an_address_pages_have_theirs(published: Path) -> None:
     locations = ElementTree.parse(published / "sitemap.xml").iter("{http://www.sitemaps.org/schemas/sitemap/0.9}loc")
     assert [location.text for location in locations] == pages
     text = unescape(re.sub("<[^>]+>", "", (published / "book" / "intro.html").read_text()))
-    assert f'%pip install "dgkit @ git+{ADDRESS}"' in text
+    assert f'%pip install "dgkit[book] @ git+{ADDRESS}"' in text
 
 
 def test_the_single_page_is_whole(tmp_path: Path) -> None:
