@@ -33,7 +33,7 @@ def number_of_fixed_dims(v: Values) -> int:
 
 
 def fixed_dims_listed(v: Values) -> str:
-    """Those dims as text, such as "dims 7, 8 and 9"."""
+    """The dims that are massive in more than half of the blocks, such as "dims 7, 8 and 9"."""
     words = [str(int(dim)) for dim in v["fixed_dims"]]
     return f"dims {' and '.join(filter(None, [', '.join(words[:-1]), words[-1]]))}" if words else "none"
 
@@ -54,12 +54,12 @@ def sharpest_block(v: Values) -> int:
 
 
 def largest_sharpness_ratio(v: Values) -> float:
-    """Sharpness with DG at that block over that without guidance."""
+    """Sharpness with DG at its sharpest block over that without guidance."""
     return float(_sharpest(v)[1])
 
 
 def sharpest_block_from_the_ends(v: Values) -> int:
-    """How far that block is from the nearer end; 0, too, where DG sharpens nothing beyond chance."""
+    """How far the sharpest block is from the nearer end; 0, too, where DG sharpens nothing beyond chance."""
     block, _, low, _ = _sharpest(v)
     return min(int(block), last_block(v) - int(block)) if low > 1 else 0
 

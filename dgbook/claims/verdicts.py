@@ -136,7 +136,7 @@ def conclusion(result: Result) -> Markdown:
     """
     reference = reference_of(result.name, result.parameters["model"])
     if reference is None:
-        return Markdown("No reference run of this chapter on this model is stored, so there is no verdict.")
+        return Markdown("No reference run of this chapter on this model is stored.")
     paragraphs = []
     if result.name in parts():
         found = verdict(result.name, reference.decoded())

@@ -286,4 +286,4 @@ def test_a_chapter_that_claims_nothing_ends_with_what_was_run(concluded) -> None
 
 def test_a_model_without_reference_run_gets_no_verdict(concluded) -> None:
     text = concluded("02_timestep_vs_text", HOLDS["02_timestep_vs_text"], model="sd3")
-    assert text == "No reference run of this chapter on this model is stored, so there is no verdict."
+    assert text == "No reference run of this chapter on this model is stored."
