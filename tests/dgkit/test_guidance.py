@@ -188,7 +188,7 @@ def eq_5_loop_flow(
     return x
 
 
-@pytest.mark.parametrize("sharing", ["replay", "fork", "none", "auto"])
+@pytest.mark.parametrize("sharing", ["replay", "fork", "none"])
 @pytest.mark.parametrize("s", [1.0, 4.0])
 @pytest.mark.parametrize("name", CLASSES)
 def test_pipelines_follow_eq_4_and_eq_5(name: str, s: float, sharing: str) -> None:
@@ -322,7 +322,7 @@ def test_compiled_transformer_is_refused(way: str) -> None:
         ({"dims": []}, r"dims=\[\] is not allowed"),
         ({"dims": [16]}, "because of 16"),
         ({"dims": 3}, "dims=3 is not allowed"),
-        ({"sharing": "some"}, "sharing='some' is not allowed: use one of replay, fork, none, auto"),
+        ({"sharing": "some"}, "sharing='some' is not allowed: use one of replay, fork, none"),
         ({"kind": "blur"}, "kind='blur' is not allowed: use one of zero, mean, random"),
         ({"kind": "random", "seed": "x"}, "seed='x' is not allowed: give an integer"),
         ({"kind": "random", "dims": list(range(9))}, "only 7 other channels are left"),

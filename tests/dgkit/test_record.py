@@ -44,7 +44,7 @@ def test_statistics_equal_those_of_kept_tensors(name: str) -> None:
     with torch.no_grad(), dgkit.record(model, ratio=1.5, track=[3, 0], keep=[1]) as trace:
         for call in calls:
             model(**call)
-    assert trace.labels == ["unknown"] and trace.num_images() == 6
+    assert trace.labels == ["unknown"]
     for index, z in enumerate(block_outputs(name, model, calls)):
         mean = z.abs().mean(1)
         massive = z.abs() > 1.5 * mean.quantile(0.5, dim=1)[:, None, None]
@@ -122,7 +122,7 @@ def test_record_sees_what_disrupt_leaves_in_either_nesting() -> None:
 
 
 def test_memory_is_that_of_the_table() -> None:
-    """200 steps more, at timesteps already seen, add nothing; tracked dims are not asked for."""
+    """100 steps more, at timesteps already seen, add nothing; tracked dims are not asked for."""
     model = build("dit", depth=2)
 
     def steps(count: int) -> None:
@@ -135,15 +135,15 @@ def test_memory_is_that_of_the_table() -> None:
         steps(40)
         gc.collect()
         tracemalloc.start()
-        tensors_before = sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+        tensors_before = sum(type(o) is torch.Tensor for o in gc.get_objects())
         before = tracemalloc.get_traced_memory()[0]
-        steps(200)
+        steps(100)
         gc.collect()
         grown = tracemalloc.get_traced_memory()[0] - before
-        tensors_after = sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+        tensors_after = sum(type(o) is torch.Tensor for o in gc.get_objects())
         tracemalloc.stop()
-    assert trace.num_images() == 480 and len(trace.timesteps()) == 20
-    assert tensors_after < tensors_before + 10 and grown < 60_000  # 200 steps of several tensors each
+    assert len(trace.timesteps()) == 20
+    assert tensors_after < tensors_before + 10 and grown < 30_000  # 100 steps of several tensors each
 
 
 def test_hooks_come_off_after_an_exception() -> None:
@@ -167,9 +167,9 @@ def planted(name: str, dims: list[int], factor: float, seed: int) -> nn.Module:
     return model
 
 
-@settings(max_examples=100, deadline=None)
+@pytest.mark.parametrize("name", CLASSES)
+@settings(max_examples=10, deadline=None)
 @given(
-    name=st.sampled_from(CLASSES),
     dims=st.lists(st.integers(0, 31), min_size=1, max_size=3, unique=True),
     factor=st.floats(40, 400),
     seed=st.integers(0, 10_000),
@@ -185,8 +185,9 @@ def test_planted_channels_are_found_and_no_others(name: str, dims: list[int], fa
     assert all(sorted(found.in_block(b)) == sorted(dims) for b in range(len(ratios)))
 
 
-@settings(max_examples=100, deadline=None)
-@given(name=st.sampled_from(CLASSES), seed=st.integers(0, 10_000))
+@pytest.mark.parametrize("name", CLASSES)
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 10_000))
 def test_nothing_is_found_where_nothing_is_planted(name: str, seed: int) -> None:
     model = build(name, heads=4, depth=3, seed=seed)
     with torch.no_grad(), dgkit.record(model) as trace:
@@ -325,7 +326,7 @@ def test_blocks_compiled_before_recording_say_that_their_gates_are_out_of_reach(
         model(**call)
         with dgkit.record(model) as trace:
             torch.testing.assert_close(model(**call)[0], plain)
-    assert trace.num_images() == 2 and trace.mean_abs().isfinite().all()
+    assert trace.mean_abs().isfinite().all()
     with pytest.raises(ModelError, match="record before compiling"):
         dgkit.residual_gates(trace)
 
@@ -355,10 +356,10 @@ def test_runs_of_one_step_and_other_pipelines_are_told_apart() -> None:
     """Two Flux runs on the same latents object, then another pipeline on the same transformer."""
     pipe, latents = pipeline("flux"), torch.randn(1, 16, 16)
     call = prompts("flux", 1) | {"num_inference_steps": 1, "output_type": "latent", "latents": latents}
-    with dgkit.record(pipe) as trace:
+    with dgkit.record(pipe, track=[0]) as trace:
         pipe(**call)
         pipe(**call)
-    assert trace.labels == ["cond"] and trace.num_images() == 2
+    assert trace.labels == ["cond"] and trace.tracked().shape[1] == 2
     other = pipeline("flux")
     other.transformer = pipe.transformer
     with dgkit.record(pipe) as trace:
