@@ -7,12 +7,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import AllegroTransformer3DModel, HunyuanDiT2DModel, ModelMixin, QwenImageTransformer2DModel
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers import HunyuanDiT2DModel, QwenImageTransformer2DModel
 from torch import Tensor, nn
 
 import dgkit
-from dgkit.anatomy import TRANSFORMERS, Block, Call, dissect
+from dgkit.anatomy import Block, Call, dissect
 from dgkit.disruption import make_edit
 from dgkit.errors import DgkitError, ModelError
 from tests.tiny_models import ALL_CLASSES, STREAMS, TEXT, build, image_slice, inputs, streams
@@ -388,10 +387,10 @@ def test_z_image_with_prompts_of_different_length() -> None:
         together.append(trace.mean_abs())
     torch.testing.assert_close(together[0], (together[1] + together[2]) / 2, rtol=1e-4, atol=1e-5)
     anatomy = dissect(model)
-    _, cut = anatomy.select_rows((), call, torch.tensor([1]), 2)
+    _, cut = anatomy.select_rows((), call, [1], 2)
     assert len(cut["x"]) == len(cut["cap_feats"]) == len(cut["t"]) == 1
     with pytest.raises(ModelError, match=r"have \[32, 64\] tokens: rows \[0\] alone"):
-        anatomy.select_rows((), call, torch.tensor([0]), 2)
+        anatomy.select_rows((), call, [0], 2)
     call["x"][0] = torch.randn(4, 1, 8, 8)
     with pytest.raises(ModelError, match=r"the images of one batch have \[16, 4\] tokens"), dgkit.record(model):
         predict(model, call)
@@ -409,7 +408,7 @@ def test_image_tokens_are_unknown_before_a_call_is_followed() -> None:
 
 def check_selected(model: nn.Module, call: dict[str, Any], batch: int) -> None:
     """Some rows of a call, its first argument given by position, are predicted as they were among all."""
-    first, rows = next(iter(call)), torch.tensor([0, batch - 1])
+    first, rows = next(iter(call)), [0, batch - 1]
     others = {name: value for name, value in call.items() if name != first}
     args, kwargs = dissect(model).select_rows((call[first],), others, rows, batch)
     assert len(args) == 1 and kwargs.keys() == others.keys()
@@ -457,7 +456,7 @@ def test_qwen_image_with_a_reference_image() -> None:
 def test_grown_rows_are_computed_as_before(name: str, batch: int) -> None:
     model, call = build(name, depth=2), inputs(name, batch, tokens=SIDE)
     anatomy = dissect(model)
-    rows = torch.tensor([0] if batch == 1 else [1, 3])
+    rows = [0] if batch == 1 else [1, 3]
     calls: list[Any] = []
     with anatomy.follow(), ExitStack() as stack:
         for block in anatomy.blocks:
@@ -480,7 +479,7 @@ def test_the_batch_can_grow_where_the_stack_says(name: str) -> None:
     """Rows that join after a block, edited, come out of the last block as they do from a disrupted pass."""
     model, call = build(name, depth=2), inputs(name, 2, tokens=SIDE)
     anatomy = dissect(model)
-    edit, rows, last = make_edit(anatomy, [1, 4]), torch.tensor([0, 1]), anatomy.blocks[-1]
+    edit, rows, last = make_edit(anatomy, [1, 4]), [0, 1], anatomy.blocks[-1]
     seen: list[Tensor] = []
 
     def each(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -523,7 +522,7 @@ def test_select_rows_copies_dicts_and_leaves_what_has_no_batch() -> None:
     _, kwargs = dissect(build("flux")).select_rows(
         (),
         {"joint_attention_kwargs": shared, "controlnet_block_samples": samples, "guidance": None},
-        torch.tensor([1]),
+        [1],
         2,
     )
     copied = kwargs["joint_attention_kwargs"]
@@ -535,10 +534,10 @@ def test_select_rows_copies_dicts_and_leaves_what_has_no_batch() -> None:
 def test_call_reads_positional_and_keyword_latents() -> None:
     latents = torch.randn(2, 3)
     anatomy = dissect(build("dit"))
-    assert Call.of(anatomy, (latents,), {"timestep": torch.tensor([7])}).timesteps() == [7.0, 7.0]
+    assert Call.of(anatomy, (latents,), {"timestep": torch.tensor([7])}).timesteps == [7.0, 7.0]
     assert Call.of(anatomy, (), {"hidden_states": latents, "timestep": torch.tensor(7)}).batch == 2
-    assert Call.of(dissect(build("wan")), (latents, torch.tensor([[3.0, 9.0], [0.0, 8.0]])), {}).timesteps() == [9, 8]
-    assert Call.of(dissect(build("cogvideox")), (latents, latents, 7), {}).timesteps() == [7.0, 7.0]
+    assert Call.of(dissect(build("wan")), (latents, torch.tensor([[3.0, 9.0], [0.0, 8.0]])), {}).timesteps == [9, 8]
+    assert Call.of(dissect(build("cogvideox")), (latents, latents, 7), {}).timesteps == [7.0, 7.0]
 
 
 @each_class
@@ -546,198 +545,11 @@ def test_call_reads_every_class(name: str) -> None:
     call = inputs(name, 2, tokens=SIDE)
     read = Call.of(dissect(build(name, depth=2)), (), call)
     latents, t = next(iter(call.values())), next(v for k, v in call.items() if k in ("timestep", "timesteps", "t"))
-    assert read.hidden_states is latents and read.batch == 2 and read.timesteps() == t.tolist()
+    assert read.latents is latents and read.batch == 2 and read.timesteps == t.tolist()
     assert not read.halves_equal
     first = next(iter(call))
     twice = [latents[0], latents[0]] if isinstance(latents, list) else torch.stack([latents[0], latents[0]])
     assert Call.of(dissect(build(name, depth=2)), (), call | {first: twice}).halves_equal
-
-
-# ------------------------------------------------------------------------------------------------- classes without row
-
-
-@pytest.mark.parametrize("name", ["pixart", "wan"])
-@torch.no_grad()
-def test_a_derived_anatomy_is_that_of_the_row(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, call = build(name), inputs(name, 2, tokens=SIDE)
-    results = []
-    for _ in range(2):
-        with dgkit.record(model) as trace, dgkit.disrupt(model, block=1, dims=[3]):
-            results.append((predict(model, call), trace.mean_abs()))
-        monkeypatch.delitem(TRANSFORMERS, type(model).__name__, raising=False)
-    assert torch.equal(results[0][0], results[1][0]) and torch.equal(results[0][1], results[1][1])
-    with pytest.raises(ModelError, match="has no residual gate"):
-        dgkit.residual_gates(trace)
-
-
-@torch.no_grad()
-def test_a_class_that_dgkit_does_not_list() -> None:
-    torch.manual_seed(0)
-    model = AllegroTransformer3DModel(
-        patch_size=2, patch_size_t=1, num_attention_heads=1, attention_head_dim=24, in_channels=4, out_channels=4,
-        num_layers=2, cross_attention_dim=24, sample_height=4, sample_width=4, sample_frames=1, caption_channels=16,
-    ).eval()  # fmt: skip
-    assert type(model).__name__ not in TRANSFORMERS
-    call = {
-        "hidden_states": torch.randn(2, 4, 1, 4, 4),
-        "encoder_hidden_states": torch.randn(2, TEXT, 16),
-        "timestep": torch.tensor([500, 500]),
-    }
-    plain = predict(model, call)
-    kept: list[Tensor] = []
-    with after(model.transformer_blocks[1], lambda m, a, o: kept.append(o.double())), dgkit.record(model) as trace:
-        assert torch.equal(predict(model, call), plain)
-    torch.testing.assert_close(trace.mean_abs()[1], kept[0].abs().mean((0, 1)), rtol=1e-6, atol=1e-7)
-    with dgkit.disrupt(model, block=0, dims=[3]):
-        assert not torch.equal(predict(model, call), plain)
-
-
-class Blend(nn.Module):
-    """A block of one tensor, like those of cross-attention transformers."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(width, width)
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        return hidden_states + self.linear(hidden_states)
-
-
-class Sketch(ModelMixin, ConfigMixin):
-    """A transformer of a class that dgkit has never seen."""
-
-    @register_to_config
-    def __init__(self, num_attention_heads: int = 2, attention_head_dim: int = 8, patch_size: int = 2) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList([Blend(num_attention_heads * attention_head_dim) for _ in range(3)])
-
-    def embed(self, hidden_states: Tensor) -> Tensor:
-        patches = F.unfold(hidden_states, self.config.patch_size, stride=self.config.patch_size)
-        return patches.transpose(1, 2)
-
-    def forward(self, hidden_states: Tensor, timestep: Tensor, return_dict: bool = True) -> tuple[Tensor]:
-        hidden_states = self.embed(hidden_states)
-        for block in self.blocks:
-            hidden_states = block(hidden_states)
-        return (hidden_states,)
-
-
-class WithText(Sketch):
-    """The text stands in the tensor of the image: only the number of tokens tells."""
-
-    def embed(self, hidden_states: Tensor) -> Tensor:
-        image = super().embed(hidden_states)
-        return torch.cat([image[:, :1], image], 1)
-
-
-class WithSkip(Sketch):
-    """A long skip connection, which a replayed pass would feed with the wrong tensors."""
-
-    def forward(self, hidden_states: Tensor, timestep: Tensor, return_dict: bool = True) -> tuple[Tensor]:
-        hidden_states = self.embed(hidden_states)
-        skips: list[Tensor] = []
-        for block in self.blocks:
-            hidden_states = block(hidden_states)
-            skips.append(hidden_states)
-        return (hidden_states + skips[0],)
-
-
-class Twice(Sketch):
-    """Blocks that run two times."""
-
-    def forward(self, hidden_states: Tensor, timestep: Tensor, return_dict: bool = True) -> tuple[Tensor]:
-        hidden_states = self.embed(hidden_states)
-        for block in self.blocks:
-            hidden_states = block(hidden_states)
-        for block in self.blocks:
-            hidden_states = block(hidden_states)
-        return (hidden_states,)
-
-
-class InParallel(Sketch):
-    """Blocks that all read the embedding."""
-
-    def forward(self, hidden_states: Tensor, timestep: Tensor, return_dict: bool = True) -> tuple[Tensor]:
-        embedded = hidden_states = self.embed(hidden_states)
-        for block in self.blocks:
-            hidden_states = block(embedded)
-        return (hidden_states,)
-
-
-class Mixed(Sketch):
-    """Blocks of two classes."""
-
-    def __init__(self, **options: int) -> None:
-        super().__init__(**options)
-        self.blocks[1] = nn.Identity()
-
-
-LATENTS = {"hidden_states": torch.ones(1, 4, 4, 4), "timestep": torch.tensor([1.0])}
-
-
-@torch.no_grad()
-def test_a_plain_sketch_is_derived() -> None:
-    model = Sketch()
-    model.blocks[0] = torch.compile(model.blocks[0], backend="eager")
-    with dgkit.record(model) as trace:
-        model(**LATENTS)
-    assert trace.mean_abs().shape == (3, 16) and trace.mean_abs().isfinite().all()
-
-
-@pytest.mark.parametrize("kind", [WithSkip, Twice, InParallel])
-def test_blocks_whose_outputs_do_more_than_pass_on_are_refused(kind: type[Sketch]) -> None:
-    with pytest.raises(ModelError, match=r"cannot be derived: its forward does more in the loop over `blocks`"):
-        dissect(kind())
-
-
-@torch.no_grad()
-def test_text_in_the_tensor_of_the_image_is_refused() -> None:
-    model = WithText()
-    model(**LATENTS)
-    for look in (dgkit.record(model), dgkit.disrupt(model, block=1, dims=[0])):
-        with pytest.raises(ModelError, match=r"\(Blend\) returned 5 tokens for 4 image tokens.*row of its own"), look:
-            model(**LATENTS)
-
-
-@torch.no_grad()
-def test_latents_that_are_a_sequence_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build("ltx")
-    monkeypatch.delitem(TRANSFORMERS, type(model).__name__)
-    with pytest.raises(ModelError, match="a sequence, of which some tokens could be text"), dgkit.record(model):
-        predict(model, inputs("ltx", 1))
-
-
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        ("flux", "not exactly one ModuleList"),
-        ("z_image", "not exactly one ModuleList"),
-        ("sd3", "not annotated to return one tensor"),
-        ("sana", "does more in the loop over `transformer_blocks`"),  # ControlNet residuals
-    ],
-)
-def test_classes_that_cannot_be_derived(name: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build(name)
-    monkeypatch.delitem(TRANSFORMERS, type(model).__name__)
-    with pytest.raises(ModelError, match=f"cannot be derived: .*{words}.*one row in dgkit.anatomy.TRANSFORMERS"):
-        dissect(model)
-
-
-def test_other_classes_that_cannot_be_derived() -> None:
-    with pytest.raises(ModelError, match="not exactly one ModuleList of blocks of one class"):
-        dissect(Mixed())
-    made: dict[str, Any] = {}
-    exec(
-        "class Loose(Sketch):\n    def forward(self, hidden_states, timestep): return (hidden_states,)", globals(), made
-    )
-    with pytest.raises(ModelError, match="the source of its forward is not at hand"):
-        dissect(made["Loose"]())
-    hunyuan = HunyuanDiT2DModel(
-        num_attention_heads=1, attention_head_dim=16, in_channels=4, patch_size=2, sample_size=4, hidden_size=16,
-        num_layers=4, cross_attention_dim=16, cross_attention_dim_t5=16, pooled_projection_dim=16,
-    )  # fmt: skip
-    with pytest.raises(ModelError, match="or they take a skip connection"):
-        dissect(hunyuan)
 
 
 # ----------------------------------------------------------------------------------------------------------- bad input
@@ -759,6 +571,18 @@ def test_bad_dims(bad: object) -> None:
 def test_what_is_no_transformer_is_refused(target: object) -> None:
     with pytest.raises(ModelError, match="expected a diffusers pipeline with a transformer"):
         dissect(target)
+
+
+def test_a_class_without_a_row_is_refused() -> None:
+    with pytest.raises(ModelError, match="got HunyuanDiT2DModel .to add a class: one row in dgkit.anatomy"):
+        dissect(HunyuanDiT2DModel.__new__(HunyuanDiT2DModel))
+
+
+def test_a_block_without_room_for_the_image_is_refused() -> None:
+    single = dissect(build("chroma")).blocks[-1]
+    single.layout.tokens = 4
+    with pytest.raises(ModelError, match="returned 3 tokens for 4 image tokens.*a row of its own"):
+        single.image(torch.zeros(1, 3, 16))
 
 
 @pytest.mark.parametrize("way", ["wrapped", "in place"])
