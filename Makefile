@@ -38,7 +38,7 @@ test: checks notebooks
 checks: $(ENVIRONMENT)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers $(WORKERS)
 	$(PYTEST) tests
 
 notebooks: $(EXECUTED)
