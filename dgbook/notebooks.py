@@ -20,8 +20,7 @@ from nbformat import NotebookNode
 from papermill.cli import _resolve_type as resolve_type
 from papermill.exceptions import PapermillExecutionError
 
-from dgbook.claims.results import safe_name
-from dgbook.paths import build_dir
+from dgbook.paths import build_dir, safe_name
 from dgkit.errors import DgkitError
 from dgkit.paths import CHECKOUT, DATA
 

@@ -6,7 +6,6 @@ runs, under `data/results/reference/<model>/`; nothing but `acceptance.accept` c
 
 import json
 import os
-import re
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -17,7 +16,7 @@ import numpy as np
 
 from dgbook.claims.provenance import provenance
 from dgbook.measures.stats import Interval
-from dgbook.paths import results_dir
+from dgbook.paths import results_dir, safe_name
 from dgkit.errors import DgkitError
 from dgkit.paths import DATA
 from dgkit.zoo import MODELS
@@ -146,18 +145,6 @@ def references(name: str) -> dict[str, Record]:
     known = {safe_name(model): model for model in MODELS}
     ordered = [folder for folder in known if folder in measured]
     return {known.get(folder, folder): measured[folder] for folder in dict.fromkeys([*ordered, *measured])}
-
-
-def safe_name(text: str) -> str:
-    """`text` as a file name: everything but letters, digits, dot, dash and underscore becomes a dash.
-
-    Raises:
-        DgkitError: nothing is left of it.
-    """
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")
-    if not name:
-        raise DgkitError(f"{text!r} cannot name a file: a letter or digit is needed")
-    return name
 
 
 def _kept(key: str, value: Any, where: str) -> Any:

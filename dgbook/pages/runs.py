@@ -13,7 +13,7 @@ from dgbook.claims import results
 from dgbook.claims.results import Record
 from dgbook.markdown import code, plain, table
 from dgbook.pages.text import chapter_link
-from dgbook.paths import results_dir
+from dgbook.paths import results_dir, safe_name
 from dgkit.errors import DgkitError
 
 BOOK_TOOLS = ("jupyter-book", "Sphinx", "myst-nb", "papermill")
@@ -28,7 +28,7 @@ def pages() -> dict[str, Record]:
     found = {}
     for name, file in notebooks.NOTEBOOKS.items():
         stem = Path(file).stem
-        relative = f"{results.safe_name(notebooks.default_model(name))}/{stem}.json"
+        relative = f"{safe_name(notebooks.default_model(name))}/{stem}.json"
         for folder in (results_dir(), results.ACCEPTED):
             if not (folder / relative).is_file():
                 continue

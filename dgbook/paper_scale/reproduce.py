@@ -34,7 +34,7 @@ from dgbook.paper_scale.generate.store import Store, load_images
 from dgbook.paper_scale.protocol import Row
 from dgbook.paper_scale.scores.sets import Features, Inception, Reference, imagenet_reference, set_scores
 from dgbook.paper_scale.scores.weights import WEIGHTS
-from dgbook.paths import build_dir
+from dgbook.paths import build_dir, safe_name
 from dgkit.errors import DgkitError
 from dgkit.zoo import MODELS
 
@@ -206,7 +206,7 @@ def reproduce(
     chosen = {"dims": dims or [], "scale": [] if scale is None else [scale]}
     name = "-".join([table, *(_in_a_name(key, chosen[key]) for key in lacking if chosen[key])])
     name += "" if rows[0].count == stated else f"-{count}"
-    path = output / results.safe_name(str(weights or rows[0].model)) / f"{name}.json"
+    path = output / safe_name(str(weights or rows[0].model)) / f"{name}.json"
     started = time.monotonic()
     if not small:
         _announce_missing(rows)

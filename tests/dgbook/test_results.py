@@ -14,8 +14,9 @@ import torch
 from dgbook.claims import provenance, results
 from dgbook.claims.acceptance import Tolerances, accept, check, report
 from dgbook.claims.provenance import weights_sha256
-from dgbook.claims.results import Result, safe_name
+from dgbook.claims.results import Result
 from dgbook.measures.stats import Interval
+from dgbook.paths import safe_name
 from dgkit.errors import DgkitError
 from dgkit.zoo import MODELS
 
