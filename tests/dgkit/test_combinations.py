@@ -5,7 +5,6 @@ Two references that do not share code with dgkit's engine: the images of the sam
 """
 
 import inspect
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -357,7 +356,7 @@ COMPILING: dict[str, Callable[[nn.Module, Any], None]] = {
 }
 
 
-@pytest.mark.parametrize(("way", "name"), [("in place", "sd3"), ("wrapped", "sd3"), ("repeated", "flux")])
+@pytest.mark.parametrize(("way", "name"), [("in place", "dit"), ("wrapped", "sd3"), ("repeated", "flux")])
 def test_blocks_compiled_before(way: str, name: str) -> None:
     torch._dynamo.reset()
     reference, pipe, backend = pipeline(name), pipeline(name), Counting()
@@ -366,11 +365,11 @@ def test_blocks_compiled_before(way: str, name: str) -> None:
         plain = backend.count
         for sharing in SHARING:
             with guided(reference, sharing=sharing):
-                expected = sample(reference, name, guidance_scale=1.0, steps=4)
+                expected = sample(reference, name, guidance_scale=1.0, steps=2)
             with guided(pipe, sharing=sharing):
                 sample(pipe, name, guidance_scale=1.0, steps=1)
                 once = backend.count
-                result = sample(pipe, name, guidance_scale=1.0, steps=4)
+                result = sample(pipe, name, guidance_scale=1.0, steps=2)
             assert distance(result, expected) <= 1e-5, sharing
             assert backend.count == once, "more steps compile nothing more"
         assert plain < backend.count <= 2 * plain, "once more for the larger batch of fork"
@@ -379,13 +378,13 @@ def test_blocks_compiled_before(way: str, name: str) -> None:
 def test_record_of_compiled_blocks() -> None:
     """All passes and blocks are seen; the gates inside compiled blocks are not."""
     torch._dynamo.reset()
-    pipe = pipeline("sd3")
+    pipe = pipeline("dit")
     with guided(pipe), dgkit.record(pipe) as expected:
-        sample(pipe, "sd3", steps=2)
+        sample(pipe, "dit", steps=2)
     compile_in_place(pipe.transformer, "eager")
-    sample(pipe, "sd3", steps=1)
+    sample(pipe, "dit", steps=1)
     with guided(pipe), dgkit.record(pipe) as trace:
-        sample(pipe, "sd3", steps=2)
+        sample(pipe, "dit", steps=2)
     for label in ("cond", "degraded"):
         torch.testing.assert_close(trace.mean_abs(label), expected.mean_abs(label), equal_nan=True)
     assert trace.labels == expected.labels and trace.num_gates_seen() == 0 < expected.num_gates_seen()
@@ -393,22 +392,22 @@ def test_record_of_compiled_blocks() -> None:
 
 def test_blocks_compiled_inside() -> None:
     torch._dynamo.reset()
-    reference, pipe, backend = pipeline("sd3"), pipeline("sd3"), Counting()
-    plain = sample(pipe, "sd3", steps=2)
+    reference, pipe, backend = pipeline("dit"), pipeline("dit"), Counting()
+    plain = sample(pipe, "dit", steps=2)
     with guided(reference):
-        expected = sample(reference, "sd3", steps=2)
+        expected = sample(reference, "dit", steps=2)
     with guided(pipe):
-        assert torch.equal(sample(pipe, "sd3", steps=2), expected)
+        assert torch.equal(sample(pipe, "dit", steps=2), expected)
         compile_in_place(pipe.transformer, backend)
-        assert distance(sample(pipe, "sd3", steps=2), expected) <= 1e-5
+        assert distance(sample(pipe, "dit", steps=2), expected) <= 1e-5
         once = backend.count
-        sample(pipe, "sd3", steps=4)
+        sample(pipe, "dit", steps=3)
     assert 0 < backend.count == once
-    assert distance(sample(pipe, "sd3", steps=2), plain) <= 1e-5
+    assert distance(sample(pipe, "dit", steps=2), plain) <= 1e-5
     with guided(reference, dims=[4]):
-        expected = sample(reference, "sd3", steps=2)
+        expected = sample(reference, "dit", steps=2)
     with guided(pipe, dims=[4]):
-        assert distance(sample(pipe, "sd3", steps=2), expected) <= 1e-5, "what was traced before does not stay"
+        assert distance(sample(pipe, "dit", steps=2), expected) <= 1e-5, "what was traced before does not stay"
 
 
 @pytest.mark.parametrize("way", ["wrapped", "in place"])
@@ -423,17 +422,6 @@ def test_transformer_compiled_inside_is_refused(way: str) -> None:
             model.compile(backend="eager")
         sample(pipe, "sd3", steps=1)
     assert not any(module._forward_hooks or "forward" in module.__dict__ for module in model.modules())
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
-def test_inductor() -> None:
-    torch._dynamo.reset()
-    reference, pipe = pipeline("dit"), pipeline("dit")
-    pipe.transformer.transformer_blocks[-1].compile(fullgraph=True)
-    with guided(reference):
-        expected = sample(reference, "dit", steps=2)
-    with guided(pipe):
-        assert distance(sample(pipe, "dit", steps=2), expected) <= 1e-4
 
 
 # --------------------------------------------------------------------------------------------------- diffusers' caches

@@ -57,9 +57,9 @@ def relative_distance(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@pytest.mark.parametrize("name", ALL_CLASSES)
+@settings(max_examples=2, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
-    name=st.sampled_from(ALL_CLASSES),
     heads=st.integers(1, 4),
     head_dim=st.sampled_from([8, 16]),
     depth=st.integers(2, 4),
@@ -388,21 +388,6 @@ def test_random_dims_exclude_the_named_ones_and_depend_on_the_seed() -> None:
     draws = [make_edit(anatomy, [1, 2], "random", seed).dims for seed in range(50)]
     assert all(len(d) == 2 and not {1, 2} & set(d) for d in draws)
     assert draws[7] == make_edit(anatomy, [1, 2], "random", 7).dims and len({tuple(d) for d in draws}) > 30
-
-
-@pytest.mark.parametrize("sharing", ["replay", "none"])
-def test_compiled_blocks_are_guided_as_well(sharing: str) -> None:
-    options = {"scale": 1.0, "block": 1, "dims": [3], "sharing": sharing}
-    reference, pipe = pipeline("dit"), pipeline("dit")
-    with dgkit.detail_guidance(reference, **options):
-        expected = sample(reference, "dit", guidance_scale=4.0)
-    for block in pipe.transformer.transformer_blocks:
-        block.compile(backend="eager")
-    plain = sample(pipe, "dit", guidance_scale=4.0)
-    with dgkit.detail_guidance(pipe, **options):
-        guided = sample(pipe, "dit", guidance_scale=4.0)
-    assert (guided - expected).abs().max() <= 1e-5 and (guided - plain).abs().max() > 1e-4
-    assert torch.equal(sample(pipe, "dit", guidance_scale=4.0), plain)
 
 
 def test_pag_pipelines_are_refused() -> None:

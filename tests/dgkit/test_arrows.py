@@ -1,0 +1,38 @@
+"""The library knows of nothing above it."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+LIBRARY = Path(__file__).parents[2] / "dgkit"
+ABOVE = {"dgbook", "training", "benchmarks", "tests"}
+
+
+def imported(source: str) -> set[str]:
+    """The packages that a module imports, anywhere in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {name.name.partition(".")[0] for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add((node.module or "").partition(".")[0])
+    return found
+
+
+def test_what_a_module_imports_is_seen() -> None:
+    assert imported("def f():\n    import dgbook.pages as p\n    from training import x") == {"dgbook", "training"}
+
+
+@pytest.mark.parametrize("path", sorted(LIBRARY.rglob("*.py")), ids=lambda path: str(path.relative_to(LIBRARY)))
+def test_no_module_imports_what_is_above(path: Path) -> None:
+    assert not imported(path.read_text()) & ABOVE
+
+
+def test_importing_the_library_loads_nothing_above_it_and_nothing_large() -> None:
+    program = "import sys, dgkit; print(*{name.partition('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert "dgkit" in loaded and not loaded & (ABOVE | {"torch", "diffusers", "pandas"})
