@@ -32,5 +32,5 @@ def test_code_on_the_pages_uses_names_that_exist(page: str) -> None:
 
 
 def test_every_method_and_way_of_sharing_is_on_the_page() -> None:
-    assert all(f"`{name}`" in PIPELINES for name in METHODS)
+    assert all(f"`{method.__name__}`" in PIPELINES for method in METHODS.values())
     assert all(f'`"{way}"`' in PIPELINES for way in SHARING)
