@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dgkit import loading
+from dgkit import loading, memory
 from dgkit.anatomy import Anatomy, dissect
 from dgkit.errors import LoadError, ModelError
 from dgkit.paths import DATA
@@ -159,10 +159,10 @@ def load(name: str, *, device: str | None = None, dtype: torch.dtype | None = No
     elif row.source is None:
         folder, single = DATA / "models" / str(name), None
     else:
-        loading.check_memory(str(name), row.weights_gb, row.largest_gb, where, dtype)
+        memory.check_memory(str(name), row.weights_gb, row.largest_gb, where, dtype)
         folder = _fetch(row, transformer=not row.single)
         single = loading.Single.of(loading.fetch_file(row.single, row.single_licence)) if row.single else None
-    return loading.place(loading.read(folder, dtype, single), where, str(name))
+    return memory.place(loading.read(folder, dtype, single), where, str(name))
 
 
 def _device(device: str | None, row: Model | None) -> torch.device:

@@ -16,6 +16,7 @@ from dgbook.paper_scale.protocol import Row
 from dgbook.paper_scale.scores import METRICS
 from dgbook.paper_scale.scores.weights import WEIGHTS
 from dgkit import loading
+from dgkit.memory import WORKING_GB, placement
 from dgkit.paths import CHECKOUT
 from dgkit.zoo import MODELS, Model
 
@@ -244,9 +245,9 @@ def memory(model: Model) -> str:
     peaks = {"whole": model.weights_gb, "parts": model.largest_gb, "blocks": 0.0}
     told = []
     for gpu, free in GPUS_GB.items():
-        way = loading.placement(model.weights_gb, model.largest_gb, free)
+        way = placement(model.weights_gb, model.largest_gb, free)
         assert way is not None, "no model is too large for these GPUs"
-        told.append(f"{peaks[way] + loading.WORKING_GB:.0f} of {gpu} {_WAYS[way]}")
+        told.append(f"{peaks[way] + WORKING_GB:.0f} of {gpu} {_WAYS[way]}")
     return f"{model.weights_gb:.1f} GB of weights; one image takes about {', '.join(told)}"
 
 

@@ -16,7 +16,7 @@ from benchmarks.runs import guided, plain
 from dgbook import cli
 from dgbook.paper_scale import plan, protocol
 from dgbook.paper_scale.scores.weights import WEIGHTS
-from dgkit import loading, zoo
+from dgkit import loading, memory, zoo
 from dgkit.errors import DgkitError
 from dgkit.sampling import generate
 
@@ -260,5 +260,5 @@ def test_the_book_shows_what_is_printed() -> None:
         assert (
             downloads[name][2] == f"{row.download_gb} GB" and str(row.source).rpartition("/")[2] in downloads[name][1]
         )
-        ways = [loading.placement(row.weights_gb, row.largest_gb, free) for free in plan.GPUS_GB.values()]
+        ways = [memory.placement(row.weights_gb, row.largest_gb, free) for free in plan.GPUS_GB.values()]
         assert placed[name][1:] == [words[str(way)] for way in ways]

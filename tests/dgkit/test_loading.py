@@ -28,7 +28,7 @@ import dgkit
 from dgbook.claims import provenance
 from dgbook.paper_scale.generate.job import Job
 from dgbook.paper_scale.generate.run import PipelineSampler
-from dgkit import loading, zoo
+from dgkit import loading, memory, zoo
 from dgkit.errors import LoadError
 from tests.fake_hub import DE_DISTILLED, DIT, FLUX, SD3, SD35, Hub, connect, fill, original_sd3, serving
 
@@ -46,7 +46,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Hub:
 def address(hub: Hub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
     """The hub on the air, an empty cache, no login, memory enough, and Flux's converter set to the small width."""
     hub.gated, hub.served = {}, []
-    monkeypatch.setattr(loading.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=1e12))
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: types.SimpleNamespace(available=1e12))
     entry = single_file_model.SINGLE_FILE_LOADABLE_CLASSES["FluxTransformer2DModel"]
     convert = entry["checkpoint_mapping_fn"]
     constants = convert.__code__.co_consts
@@ -468,9 +468,9 @@ def test_a_transformer_of_no_known_model_needs_a_pipelines_folder(hub: Hub, addr
 def test_placement_on_24_48_and_80_gb(name: str, ways: tuple[str, ...]) -> None:
     """Free memory as on RTX 4090 and A6000 without a display, and A100; half a GiB goes to the driver."""
     row = zoo.MODELS[name]
-    found = [loading.placement(row.weights_gb, row.largest_gb, (gib - 0.5) * GIB) for gib in (24, 47.5, 79)]
+    found = [memory.placement(row.weights_gb, row.largest_gb, (gib - 0.5) * GIB) for gib in (24, 47.5, 79)]
     assert tuple(found) == ways
-    assert loading.placement(row.weights_gb, row.largest_gb, 3.9) is None
+    assert memory.placement(row.weights_gb, row.largest_gb, 3.9) is None
 
 
 class Live(TorchDispatchMode):
@@ -524,7 +524,7 @@ def test_sampling_at_1024_pixels_needs_what_is_kept_free(monkeypatch: pytest.Mon
     row = (peaks[1] - peaks[0]) / 2e9
     assert decoding.peak / 1e9 == pytest.approx(1.6, abs=0.05) and row == pytest.approx(0.5, abs=0.05)
     # images of a batch are decoded one at a time; CFG has two rows
-    assert max(decoding.peak / 1e9, 2 * row) < loading.WORKING_GB
+    assert max(decoding.peak / 1e9, 2 * row) < memory.WORKING_GB
 
 
 def test_memory_is_checked_before_anything_is_downloaded(
@@ -532,8 +532,8 @@ def test_memory_is_checked_before_anything_is_downloaded(
 ) -> None:
     gigabytes = {"main": 20.0, "gpu": 3.0}
     main = types.SimpleNamespace
-    monkeypatch.setattr(loading.psutil, "virtual_memory", lambda: main(available=1e9 * gigabytes["main"]))
-    monkeypatch.setattr(loading, "free_gb", lambda device: gigabytes["gpu"])
+    monkeypatch.setattr(memory.psutil, "virtual_memory", lambda: main(available=1e9 * gigabytes["main"]))
+    monkeypatch.setattr(memory, "free_gb", lambda device: gigabytes["gpu"])
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     for device, words in (
         ("cpu", r"sd3 needs 31 GB of main memory in torch.float32, 20 GB are free: use a GPU, or dtype=torch.bfloat16"),
@@ -559,24 +559,24 @@ def test_the_way_is_chosen_by_the_sizes_of_what_was_loaded(monkeypatch: pytest.M
     parts = [pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2, pipe.text_encoder_3]
     sizes = [sum(t.nbytes for t in part.state_dict().values()) / 1e9 for part in parts]
     moved: list[str] = []
-    monkeypatch.setattr(loading, "move", lambda pipe, device, way: moved.append(way) or pipe)
+    monkeypatch.setattr(memory, "move", lambda pipe, device, way: moved.append(way) or pipe)
     for way, weights in (("whole", sum(sizes)), ("parts", max(sizes)), ("blocks", 0.0)):
-        monkeypatch.setattr(loading, "free_gb", lambda device, weights=weights: loading.WORKING_GB + weights + 2e-4)
-        assert loading.place(pipe, device, "tiny-sd3") is pipe
+        monkeypatch.setattr(memory, "free_gb", lambda device, weights=weights: memory.WORKING_GB + weights + 2e-4)
+        assert memory.place(pipe, device, "tiny-sd3") is pipe
         assert moved[-1] == way
-    monkeypatch.setattr(loading, "free_gb", lambda device: 3.0)
+    monkeypatch.setattr(memory, "free_gb", lambda device: 3.0)
     with pytest.raises(LoadError, match="tiny-sd3 does not fit on cuda, which has 3.0 GB free"):
-        loading.place(pipe, device, "tiny-sd3")
+        memory.place(pipe, device, "tiny-sd3")
 
 
 def test_a_gpu_that_fills_up_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(loading, "free_gb", lambda device: 10.0)
-    monkeypatch.setattr(loading, "move", full)
+    monkeypatch.setattr(memory, "free_gb", lambda device: 10.0)
+    monkeypatch.setattr(memory, "move", full)
     with pytest.raises(LoadError, match="does not fit on cuda"):
-        loading.place(dgkit.load("tiny-dit"), torch.device("cuda"), "tiny-dit")
+        memory.place(dgkit.load("tiny-dit"), torch.device("cuda"), "tiny-dit")
 
 
 @pytest.mark.parametrize("name", ["tiny-sd3", "tiny-flux"])
@@ -595,7 +595,7 @@ def test_every_way_gives_the_same_guided_images(way: str, name: str, weights_lea
 
     reference, pipe = dgkit.load(name), dgkit.load(name)
     hashed = provenance.weights_sha256(reference.transformer)
-    pipe = loading.move(pipe, torch.device("cpu"), way)
+    pipe = memory.move(pipe, torch.device("cpu"), way)
     if way == "blocks":
         assert next(pipe.text_encoder_2.parameters()).isnan().all()
     else:
@@ -607,4 +607,4 @@ def test_every_way_gives_the_same_guided_images(way: str, name: str, weights_lea
 def test_weights_moved_by_blocks_can_be_hashed() -> None:
     pipe = dgkit.load("tiny-sd3")
     hashed = provenance.weights_sha256(pipe.transformer)
-    assert provenance.weights_sha256(loading.move(pipe, torch.device("cpu"), "blocks").transformer) == hashed
+    assert provenance.weights_sha256(memory.move(pipe, torch.device("cpu"), "blocks").transformer) == hashed

@@ -158,7 +158,7 @@ def test_the_device_and_dtype_if_none_is_given(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: int(gpu))
-    monkeypatch.setattr(zoo.loading, "place", lambda pipe, device, name: (device.type, pipe.transformer.dtype))
+    monkeypatch.setattr(zoo.memory, "place", lambda pipe, device, name: (device.type, pipe.transformer.dtype))
     assert dgkit.load(str(folder) if name == "folder" else name) == expected
 
 
