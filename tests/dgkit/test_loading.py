@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 import dgkit
 from dgbook.claims import provenance
 from dgbook.paper_scale.generate.job import Job
-from dgbook.paper_scale.generate.run import PipelineSampler
+from dgbook.paper_scale.generate.pipeline import PipelineSampler
 from dgkit import loading, memory, zoo
 from dgkit.errors import LoadError
 from tests.fake_hub import DE_DISTILLED, DIT, FLUX, SD3, SD35, Hub, connect, fill, original_sd3, serving

@@ -1,5 +1,6 @@
 """Every guidance method against its formula written out here, or against the official behaviour."""
 
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normalized_guidance
 from diffusers.guiders.classifier_free_zero_star_guidance import cfg_zero_star_scale
 from torch import Tensor, nn
@@ -31,6 +33,7 @@ from dgkit.guidance import (
     Method,
     Reuse,
 )
+from dgkit.guidance.baselines import _identity_attention
 from tests.tiny_models import CLASSES, build, pipeline, prompts, sample
 
 STEPS = 3
@@ -214,8 +217,6 @@ def test_pag_and_seg_change_the_attention_of_image_tokens(name: str, method: str
 
 def test_pag_on_self_attention_alone_returns_the_values() -> None:
     """In DiT, without text, identity attention is the identity: output = value (Ahn et al., Eq. 12)."""
-    from dgkit.guidance.baselines import _identity_attention
-
     q, k, v = torch.randn(3, 2, 2, 16, 8).unbind(0)
     out = _identity_attention(F.scaled_dot_product_attention, slice(0, 16), query=q, key=k, value=v)
     torch.testing.assert_close(out, v)
@@ -369,8 +370,6 @@ def test_cfg_plus_plus_renoises_with_the_unconditional_prediction(name: str) -> 
 
 
 def test_cfg_plus_plus_refuses_other_schedulers() -> None:
-    from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler
-
     pipe = pipeline("dit")
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
     with pytest.raises(ModelError, match="needs Euler or DDIM steps, not DPMSolverMultistepScheduler"):
@@ -638,8 +637,6 @@ def test_guide_refuses(methods: tuple[Any, ...], sharing: str, words: str) -> No
 
 
 def test_every_method_is_registered_with_its_source_and_is_short() -> None:
-    import inspect
-
     assert set(METHODS) == {
         "dg", "pag", "seg", "slg", "tpg", "block-drop", "autoguidance", "cfg", "apg", "cfg++", "cfg-zero*",
     }  # fmt: skip

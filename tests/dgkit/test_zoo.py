@@ -1,16 +1,28 @@
 """Loading by name, folder and hub id; presets are the paper's tables; every failure is one sentence."""
 
+import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import diffusers
+import numpy as np
 import pytest
 import torch
+import transformers
+from diffusers import DiffusionPipeline, DiTPipeline, SD3Transformer2DModel
+from safetensors import safe_open
 
 import dgkit
+from benchmarks.models import subject
+from dgbook.chapters import observe, samples
 from dgbook.claims import paper
 from dgkit import zoo
+from dgkit.anatomy import TRANSFORMERS
+from dgkit.anatomy.pipelines import PIPELINES
 from dgkit.errors import DgkitError, LoadError
+from dgkit.paths import DATA
 from dgkit.sampling import generate
 from tests.tiny_models import build, pipeline, sample
 from training.flow import FAMILIES
@@ -39,13 +51,25 @@ def test_presets_are_tables_4_and_5() -> None:
             assert {"DG": preset.scale, "CFG+DG": preset.scale_with_cfg}[line["type"]] == line["w"]
 
 
+def test_settings_are_those_given_else_the_presets(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("dit")
+    settings = zoo.settings_for(model, scale=2.0, dims=[3])
+    assert (settings.block, settings.dims, settings.scale, settings.scale_with_cfg) == (None, [3], 2.0, 2.0)
+    assert settings.guidance_scale == 4.0
+    preset = zoo.Preset(1, (2,), 1.5, 0.5, 1.75, 28, "test")
+    monkeypatch.setattr(zoo, "preset_of", lambda target: preset)
+    assert zoo.settings_for(model, block=0) == replace(preset, block=0)
+    assert zoo.settings_for(model, scale=0.0) == replace(preset, scale=0.0, scale_with_cfg=0.0)
+    assert zoo.settings_for(model, scale_with_cfg=3.0) == replace(preset, scale_with_cfg=3.0)
+
+
 def test_a_users_own_pipeline_is_recognised_by_its_shape(monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = pipeline("sd3")
     assert zoo.preset_of(pipe) is None
     preset = zoo.Preset(1, (2, 3), 1.5, 0.5, 4.0, 28, "test")
     row = zoo.Model("x/y", "StableDiffusion3Pipeline", "SD3Transformer2DModel", 3, 16, "none", 1.0, preset, dual=True)
     monkeypatch.setitem(zoo.MODELS, "small", row)
-    assert zoo.preset_of(pipe) is preset
+    assert zoo.preset_of(pipe) is preset == zoo.settings_for(pipe)
     with dgkit.detail_guidance(pipe) as guidance:
         with_cfg = sample(pipe, "sd3", guidance_scale=4.0)
     dg = guidance.dg
@@ -60,10 +84,6 @@ def test_a_users_own_pipeline_is_recognised_by_its_shape(monkeypatch: pytest.Mon
 
 def test_sd3_is_told_from_sd3_5() -> None:
     """Medium has the class, depth and width of SD3, and second attentions; Large has none, and another size."""
-    from diffusers import SD3Transformer2DModel
-
-    from benchmarks.models import subject
-
     for name in ("sd3", "sd3.5-large"):
         assert zoo.row_of(subject(name, device="meta").model) is zoo.MODELS[name]
     with torch.device("meta"):
@@ -115,8 +135,6 @@ def test_load_refuses_a_folder_without_a_pipeline(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["truncated", "garbage", "missing", "config"])
 def test_load_refuses_broken_weights(folder: Path, tmp_path: Path, damage: str) -> None:
-    import shutil
-
     broken = tmp_path / "broken"
     shutil.copytree(folder, broken)
     weights = broken / "transformer" / "diffusion_pytorch_model.safetensors"
@@ -164,10 +182,6 @@ def test_the_device_and_dtype_if_none_is_given(
 
 def real_parts(name: str) -> dict[str, int]:
     """Numbers in the weights of each part, counted on the real architectures without memory."""
-    import diffusers
-    import transformers
-
-    from benchmarks.models import subject
 
     def text(kind: str, config: Any) -> Any:
         return getattr(transformers, kind)(config)
@@ -253,8 +267,6 @@ def test_generate_refuses(change: dict[str, Any], words: str) -> None:
 
 
 def test_generate_gives_flux_its_true_cfg_with_a_negative_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
-    import numpy as np
-
     class FluxPipeline:
         calls: list[dict[str, Any]] = []
 
@@ -274,8 +286,6 @@ def test_generate_gives_flux_its_true_cfg_with_a_negative_prompt(monkeypatch: py
 
 def test_the_shipped_models_preset_is_what_detection_finds_in_it() -> None:
     """Nothing is typed that the weights do not bear out: the dims are those massive in the preset's block."""
-    from dgbook.chapters import observe, samples
-
     pipe = dgkit.load("tiny-dit")
     preset = zoo.MODELS["tiny-dit"].preset
     trace = observe(pipe, samples(pipe, 20, seed=1, steps=10, guidance_scale=preset.guidance_scale))
@@ -286,11 +296,6 @@ def test_the_shipped_models_preset_is_what_detection_finds_in_it() -> None:
 
 def test_the_shipped_model_loads_and_samples_as_the_real_one() -> None:
     """Plain diffusers, class names, CFG; bfloat16 on disk, float32 in memory."""
-    from diffusers import DiffusionPipeline, DiTPipeline
-    from safetensors import safe_open
-
-    from dgkit.paths import DATA
-
     folder = DATA / "models" / "tiny-dit"
     pipe = DiffusionPipeline.from_pretrained(folder)
     assert isinstance(pipe, DiTPipeline) and pipe.labels["sneaker"] == 7 and len(pipe.labels) == 10
@@ -307,10 +312,6 @@ def test_the_shipped_model_loads_and_samples_as_the_real_one() -> None:
 
 def test_the_shipped_models_w_is_that_of_its_calibration() -> None:
     """The w whose sharpness is closest to real images', without and with CFG, as the model card says."""
-    import json
-
-    from dgkit.paths import DATA
-
     preset = zoo.MODELS["tiny-dit"].preset
     rows = json.loads((DATA / "models" / "tiny-dit" / "quality.json").read_text())["guidance"]
     for scale, w in ((1.0, preset.scale), (preset.guidance_scale, preset.scale_with_cfg)):
@@ -320,12 +321,6 @@ def test_the_shipped_models_w_is_that_of_its_calibration() -> None:
 
 @pytest.mark.parametrize("name", zoo.MODELS)
 def test_rows_name_what_exists(name: str) -> None:
-    import diffusers
-
-    from dgkit.anatomy import TRANSFORMERS
-    from dgkit.anatomy.pipelines import PIPELINES
-    from dgkit.paths import DATA
-
     row = zoo.MODELS[name]
     assert issubclass(getattr(diffusers, row.pipeline), diffusers.DiffusionPipeline)
     assert issubclass(getattr(diffusers, row.transformer), diffusers.ModelMixin) and row.transformer in TRANSFORMERS
