@@ -167,8 +167,9 @@ def _results_accept(arguments: argparse.Namespace) -> int:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    from dgbook.paper_scale.generate.job import Job, read_conditions, read_json
+    from dgbook.paper_scale.generate.job import Job, read_json
     from dgbook.paper_scale.generate.run import run
+    from dgbook.paper_scale.prompts import read_conditions
     from dgkit.zoo import MODELS
 
     steps = arguments.steps

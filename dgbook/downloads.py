@@ -7,15 +7,17 @@ states its SHA-256, the hash of the first download is written beside it in `~/.c
 
 import hashlib
 import os
-import shutil
-import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
+import pooch
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+from dgbook.files import replacing
 from dgkit.errors import DataError
 
 
@@ -46,7 +48,7 @@ class Published:
     hub: str = ""
     revision: str = ""
     dataset: bool = False
-    companions: tuple[str, ...] = field(default=())
+    companions: tuple[str, ...] = ()
     url: str = ""
 
     @property
@@ -122,45 +124,23 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to that takes the place of `path` at the end, and only if nothing failed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".partial")
-    os.close(handle)
-    try:
-        yield Path(name)
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
 def _download(item: Published) -> Path:
-    path = cache_dir() / item.files[0]
+    known = None if item.sha256 is None else f"sha256:{item.sha256}"
     try:
-        with replacing(path) as partial:
-            with urllib.request.urlopen(item.url) as response, partial.open("wb") as file:
-                shutil.copyfileobj(response, file)
-            found = sha256_of(partial)
-            if item.sha256 not in (None, found):
-                raise DataError(f"{item.url} has SHA-256 {found}, not {item.sha256} (published)")
+        return Path(pooch.retrieve(item.url, known, fname=item.files[0], path=cache_dir()))
+    except ValueError as error:  # the hash, after which pooch keeps nothing
+        raise DataError(f"{item.url} is not the published file of SHA-256 {item.sha256}: {error}") from error
     except OSError as error:  # no network, no space, a broken download
         raise _not_here(item, error) from error
-    return path
 
 
 def _cached(item: Published, name: str) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
-
     kind = "dataset" if item.dataset else "model"
     path = try_to_load_from_cache(item.hub, name, revision=item.revision, repo_type=kind)
     return Path(path) if isinstance(path, str) else None
 
 
 def _from_hub(item: Published) -> Path:
-    from huggingface_hub import constants, hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
-
     def get(name: str) -> Path:
         if path := _cached(item, name):
             return path

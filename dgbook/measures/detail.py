@@ -1,7 +1,7 @@
 """What stays the same when detail changes: structure of an image against a reference, without a network.
 
-Both compare an image with one of the same prompt and noise (guided with unguided, disrupted with intact): if only local
-detail differs, they stay near 1.
+The reference has the same prompt and noise (guided and unguided, disrupted and intact): if only local detail differs,
+the similarity stays near 1.
 """
 
 from collections.abc import Callable
@@ -19,8 +19,6 @@ Array = NDArray[np.float64]
 
 CUTOFF = 0.125
 """Cycles/pixel up to which `structure_similarity` compares, the same as `spectrum.band_error`'s."""
-PATCH = 4
-"""Side of `self_similarity`'s patches in pixels."""
 
 _WINDOW, _SIGMA = 11, 1.5  # SSIM's Gaussian window
 _C1, _C2 = 0.01**2, 0.03**2
@@ -48,31 +46,6 @@ def structure_similarity(images: Any, reference: Any) -> Array:
     )
     edge = _WINDOW // 2
     return ssim[:, edge:-edge, edge:-edge].mean(axis=(1, 2))
-
-
-def self_similarity(images: Any, reference: Any) -> Array:
-    """Correlation (N,) of the two images' patch self-similarities: 1 where the same parts resemble one another.
-
-    An image's patches are its squares of `PATCH` pixels of luma, less the image's mean (a rest at the right and lower
-    edge is left out); their cosine similarities among each other describe the layout whatever the contrast, after
-    Shechtman and Irani 2007. The Pearson correlation is over all pairs of different patches.
-
-    Raises:
-        DgkitError: shapes differ, fewer than 3 patches, an image without contrast between its patches, and as for
-            `spectrum.luminance`.
-    """
-    a, b = _pair(images, reference)
-    if (a.shape[1] // PATCH) * (a.shape[2] // PATCH) < 3:
-        raise DgkitError(f"images of {a.shape[1]} x {a.shape[2]} pixels have fewer than 3 patches of {PATCH} pixels")
-    correlations = []
-    for i, (one, other) in enumerate(zip(a, b, strict=True)):
-        first, second = (_patch_cosines(image) for image in (one, other))
-        first, second = first - first.mean(), second - second.mean()
-        norms = np.linalg.norm(first) * np.linalg.norm(second)
-        if norms < 1e-12:
-            raise DgkitError(f"image {i} or its reference has no contrast between its patches")
-        correlations.append(first @ second / norms)
-    return np.array(correlations)
 
 
 class LocalScore(Scorer):
@@ -110,11 +83,6 @@ def structure_score() -> PairScore:
     return PairScore("structure-similarity", structure_similarity, f"ssim-below-{CUTOFF}-cycles/pixel")
 
 
-def self_similarity_score() -> PairScore:
-    """`self_similarity` as a scorer."""
-    return PairScore("self-similarity", self_similarity, f"correlation,patch={PATCH}")
-
-
 def _pixel_id(name: str, scale: str) -> MetricId:
     return MetricId(name, "none", "luma-bt601", None, "float64", scale)
 
@@ -135,12 +103,3 @@ def _low_pass(luma: Array) -> Array:
 
 def _blur(maps: Array) -> Array:
     return ndimage.gaussian_filter(maps, _SIGMA, axes=(1, 2), radius=_WINDOW // 2)
-
-
-def _patch_cosines(luma: Array) -> Array:
-    rows, columns = luma.shape[0] // PATCH, luma.shape[1] // PATCH
-    squares = (luma - luma.mean())[: rows * PATCH, : columns * PATCH].reshape(rows, PATCH, columns, PATCH)
-    patches = squares.transpose(0, 2, 1, 3).reshape(rows * columns, -1)
-    norms = np.linalg.norm(patches, axis=1, keepdims=True)
-    unit = np.divide(patches, norms, out=np.zeros_like(patches), where=norms > 1e-9)  # a mean grey patch is like none
-    return (unit @ unit.T)[np.triu_indices(len(unit), k=1)]

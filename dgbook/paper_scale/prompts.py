@@ -4,7 +4,6 @@
 |---|---|---|
 | pickapic | 500 | Pick-a-Pic v1, split `test_unique` (Kirstain et al. 2023) |
 | hpsv2.1 | 4 x 800 | the benchmark of HPSv2 (Wu et al. 2023): anime, concept-art, paintings, photo |
-| parti | 1,632 | PartiPrompts (Yu et al. 2022) |
 | imagenet | 50,000 | the 1,000 classes in turn, 50 times each |
 | offline, dungeon-tiles | 24, 1,000 | written by this project, shipped in `data/prompts` |
 
@@ -13,9 +12,14 @@ Files that are not shipped are found or downloaded as `dgbook.downloads` says.
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from huggingface_hub import snapshot_download
 
 from dgbook.downloads import Published, check_first_use, fetch
 from dgkit.errors import DataError, DgkitError
@@ -46,7 +50,6 @@ class Prompt:
 
 HPS_STYLES = ("anime", "concept-art", "paintings", "photo")
 HPS_PER_STYLE = 800
-PARTI_PROMPTS = 1_632
 PICKAPIC_PROMPTS = 500
 IMAGENET_CLASSES = 1_000
 IMAGENET_IMAGES = 50_000
@@ -68,13 +71,6 @@ HPS_FILES: dict[str, Published] = {
     for style, sha256 in zip(HPS_STYLES, _HPS_SHA256, strict=True)
 }  # fmt: skip
 
-PARTI_FILE = Published(
-    files=("PartiPrompts.tsv",), licence="Apache-2.0", gigabytes=0.0001,
-    sha256="fab29e41bb512a169b56acab4cf2a41dcb675e285df2efcde6640c7dd3c440eb",  # computed from the file at this commit
-    url="https://raw.githubusercontent.com/google-research/parti/5a657978134374ce28973948331b319adef164bd/"
-        "PartiPrompts.tsv",
-)  # fmt: skip
-
 
 def load(name: str) -> list[Prompt]:
     """All prompts of a set, in its own order.
@@ -91,6 +87,35 @@ def load(name: str) -> list[Prompt]:
     return SETS[name]()
 
 
+def read_conditions(prompts: str | None, classes: str | None) -> tuple[list[Any], str]:
+    """Conditions and their name from what a command line gives: one of the two.
+
+    Args:
+        prompts: the name of a prompt set, or a text file with one prompt per line.
+        classes: class ids, "FIRST-LAST".
+
+    Raises:
+        DgkitError: neither a set nor a file, an empty line in the file, or no range.
+    """
+    if classes is not None:
+        found = re.fullmatch(r"(\d+)-(\d+)", classes)
+        if not found or int(found[2]) < int(found[1]):
+            raise DgkitError(f"classes={classes!r} is not allowed: give FIRST-LAST, such as 0-999")
+        return list(range(int(found[1]), int(found[2]) + 1)), ""
+    if prompts in SETS:
+        return [prompt.condition for prompt in load(prompts)], prompts
+    path = Path(prompts or "")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        sets = ", ".join(SETS)
+        raise DgkitError(f"prompts={prompts!r} is not allowed: give a text file, or a set: {sets} ({error})") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            raise DgkitError(f"{path}, line {number} is empty: give one prompt per line")
+    return list(lines), path.stem
+
+
 def fingerprint(prompts: Sequence[Prompt]) -> str:
     """SHA-256 of the set's texts and categories in order, for the manifest of a run."""
     lines = json.dumps([[prompt.text, prompt.category] for prompt in prompts], ensure_ascii=False)
@@ -105,15 +130,6 @@ def _shipped(name: str) -> list[Prompt]:
 def _imagenet() -> list[Prompt]:
     labels = (i % IMAGENET_CLASSES for i in range(IMAGENET_IMAGES))
     return [Prompt(i, f"class {label}", "", label) for i, label in enumerate(labels)]
-
-
-def _parti() -> list[Prompt]:
-    path = fetch(PARTI_FILE).path
-    header, *lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
-    rows = [line.split("\t") for line in lines]  # quotation marks are part of the prompts, so no CSV dialect
-    if header.split("\t")[:2] != ["Prompt", "Category"] or any(len(row) < 2 for row in rows):
-        raise DataError(f"{path} is not a table with the columns Prompt and Category")
-    return _counted([Prompt(i, row[0], row[1]) for i, row in enumerate(rows)], PARTI_PROMPTS, path)
 
 
 def _hps() -> list[Prompt]:
@@ -149,8 +165,6 @@ def _pickapic() -> list[Prompt]:
 
 
 def _pickapic_folder() -> Path:
-    from huggingface_hub import snapshot_download
-
     try:
         return Path(snapshot_download(PICKAPIC, repo_type="dataset", allow_patterns="*test_unique*.parquet"))
     except Exception as error:  # the hub has no common base of its errors
@@ -161,8 +175,6 @@ def _pickapic_folder() -> Path:
 
 
 def _captions(path: Path) -> list[str]:
-    import pandas as pd
-
     try:
         return pd.read_parquet(path, columns=["caption"])["caption"].tolist()
     except ImportError as error:
@@ -183,7 +195,6 @@ def _counted(prompts: list[Prompt], count: int, path: Path) -> list[Prompt]:
 SETS: dict[str, Callable[[], list[Prompt]]] = {
     "pickapic": _pickapic,
     "hpsv2.1": _hps,
-    "parti": _parti,
     "imagenet": _imagenet,
     "offline": lambda: _shipped("offline"),
     "dungeon-tiles": lambda: _shipped("dungeon-tiles"),

@@ -117,14 +117,26 @@ def test_kills_at_random_moments_lose_and_repeat_nothing(killable: Killable) -> 
     assert killable.log.with_suffix(".address").read_text() == "127.0.0.1"  # out of reach for other machines
 
 
-@pytest.fixture
-def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+@pytest.fixture(scope="module")
+def cluster_here() -> Iterator[None]:
+    """A cluster that several runs connect to, one after the other: to start one takes longer than they do."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PYTHONPATH", str(ROOT))
+        patched.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        patched.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        from ray.cluster_utils import Cluster
+
+        started = Cluster(
+            initialize_head=True,
+            head_node_args={"num_cpus": 2, "include_dashboard": False, "object_store_memory": 100_000_000},
+        )
+        patched.setenv("RAY_ADDRESS", started.address)
+        yield
+        started.shutdown()
 
 
 def test_a_block_that_ends_its_workers_is_given_up(
-    tmp_path: Path, quiet: None, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, cluster_here: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     """One block holds a prompt that ends the process; a prompt that only raises is bisected; the others go on."""
     words = [f"word {i}" for i in range(32)]
@@ -143,7 +155,7 @@ def test_a_block_that_ends_its_workers_is_given_up(
         assert shard is None or all(np.array_equal(image, whole[i]) for i, image in shard.images.items())
 
 
-def test_a_real_pipeline_makes_the_same_bytes_on_ray(tmp_path: Path, quiet: None) -> None:
+def test_a_real_pipeline_makes_the_same_bytes_on_ray(tmp_path: Path, cluster_here: None) -> None:
     pipeline("dit").save_pretrained(tmp_path / "dit")
     of = Job(model=str(tmp_path / "dit"), conditions=range(7), count=7, block_size=4, steps=2, guidance_scale=3.0)
     threads = torch.get_num_threads()

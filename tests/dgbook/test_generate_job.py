@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dgbook.paper_scale.generate.job import Job, read_conditions, read_json
+from dgbook.paper_scale.generate.job import Job, read_json
+from dgbook.paper_scale.prompts import read_conditions
 from dgkit.errors import DgkitError
 from dgkit.guidance import APG, DG, METHODS, Reuse
 from tests.fake_images import job
@@ -151,7 +152,7 @@ def test_guidance_is_made_of_plain_data() -> None:
     ("change", "words"),
     [
         ({"count": 0}, "count=0 is not allowed"),
-        ({"count": 1_000_001}, "from 1 to 1,000,000"),
+        ({"count": 1_000_001}, "from 1 to 1000000"),
         ({"count": True}, "count=True"),
         ({"seed": -1}, "seed=-1"),
         ({"steps": 0}, "steps=0"),
@@ -164,8 +165,8 @@ def test_guidance_is_made_of_plain_data() -> None:
         ({"conditions": ["a", 1]}, "list of prompts"),
         ({"conditions": [True]}, "list of prompts"),
         ({"dtype": "int8"}, "dtype='int8'"),
-        ({"methods": {"magic": {}}}, "method 'magic' is not allowed: use dg, pag"),
-        ({"methods": {"autoguidance": {}}}, "'autoguidance' is not allowed"),
+        ({"methods": {"magic": {}}}, "method='magic' is not allowed: use one of dg, pag"),
+        ({"methods": {"autoguidance": {}}}, "method='autoguidance' is not allowed"),
         ({"methods": {"dg": {"depth": 1}}}, "dg has no parameter 'depth'"),
         ({"methods": {"dg": {"dims": "auto"}}}, 'dims="auto" is not allowed here'),
         ({"methods": {"dg": {"scale": -1}}}, "scale=-1"),

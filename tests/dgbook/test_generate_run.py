@@ -17,10 +17,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dgkit
+from dgbook.paper_scale.generate import pipeline as pipelines
 from dgbook.paper_scale.generate import run as module
 from dgbook.paper_scale.generate.job import Job
-from dgbook.paper_scale.generate.run import PipelineSampler, Progress, Worker, blocks_of, own_device, run, share
+from dgbook.paper_scale.generate.pipeline import PipelineSampler, own_device
+from dgbook.paper_scale.generate.run import blocks_of, run, share
 from dgbook.paper_scale.generate.store import Store, load_images
+from dgbook.paper_scale.generate.worker import Worker
 from dgkit.errors import DgkitError, LoadError
 from dgkit.sampling import generate
 from tests.fake_images import Fake, expected, job
@@ -86,15 +89,14 @@ def test_an_interrupted_run_goes_on(tmp_path: Path, stop: int) -> None:
     assert np.array_equal(load_images(tmp_path), expected(job()))
 
 
-@pytest.mark.parametrize("step", ["fsync", "link", "replace"])
-def test_a_kill_at_any_step_of_writing(tmp_path: Path, step: str) -> None:
-    """A process that kills itself in its first, second, ... call of `step`, until it gets through."""
+def test_a_kill_at_any_step_of_writing(tmp_path: Path) -> None:
+    """A process that kills itself before it gives its first, second, ... file its name, until it gets through."""
     killed = 0
     while True:
         folder = tmp_path / str(killed)
         child = os.fork()
         if child == 0:
-            _run_and_die(folder, step, killed + 1)
+            _run_and_die(folder, killed + 1)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         assert status in (0, -signal.SIGKILL)
         there = Store(folder).count() if (folder / "manifest.json").exists() else 0
@@ -106,20 +108,19 @@ def test_a_kill_at_any_step_of_writing(tmp_path: Path, step: str) -> None:
         if status == 0:
             break
         killed += 1
-    # manifest and model are linked, three shards replaced, and each is synchronised with its folder
-    assert killed == {"link": 2, "replace": 3, "fsync": 10}[step]
+    assert killed == 5  # manifest, model and three shards
 
 
-def _run_and_die(folder: Path, step: str, call: int) -> None:
-    real, count = getattr(os, step), [0]
+def _run_and_die(folder: Path, call: int) -> None:
+    real, count = os.replace, [0]
 
-    def deadly(*arguments: Any) -> Any:
+    def deadly(*arguments: Any) -> None:
         count[0] += 1
         if count[0] == call:
             os.kill(os.getpid(), signal.SIGKILL)
-        return real(*arguments)
+        real(*arguments)
 
-    setattr(os, step, deadly)
+    os.replace = deadly  # type: ignore[assignment]
     try:
         run(job(), folder, sampler=Fake)
     except BaseException:
@@ -152,23 +153,22 @@ def test_the_default_folder_is_named_by_the_job(tmp_path: Path, monkeypatch: pyt
 
 
 def test_a_full_disk_stops_the_run_and_keeps_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, count = os.fsync, [0]
+    real, count = os.replace, [0]
 
-    def full(file: int) -> None:
+    def full(*paths: Any) -> None:
         count[0] += 1
-        if count[0] > 8:  # manifest, model and one shard are two each
+        if count[0] > 3:  # manifest, model and one shard
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(file)
+        real(*paths)
 
     with monkeypatch.context() as patched:
-        patched.setattr(os, "fsync", full)
-        with pytest.raises(DgkitError, match="is full"):
+        patched.setattr(os, "replace", full)
+        with pytest.raises(DgkitError, match="No space left on device"):
             run(job(), tmp_path, sampler=Kept())
-    there = Store(tmp_path).count()
-    assert 0 < there < 10 and not list(tmp_path.rglob(".*"))
+    assert Store(tmp_path).count() == 4 and not list(tmp_path.rglob(".*"))
     rest = Kept()
     assert run(job(), tmp_path, sampler=rest).complete
-    assert len(rest.calls) == 3 - there // 4
+    assert len(rest.calls) == 2
     assert np.array_equal(load_images(tmp_path), expected(job()))
 
 
@@ -251,11 +251,24 @@ def test_a_poisoned_prompt_costs_only_its_own_image(tmp_path: Path, caplog: pyte
     assert np.array_equal(np.delete(kept, 37, 0), np.delete(whole, 37, 0))
 
 
-def test_a_worker_that_always_fails_stops_at_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("count", "block_size", "failed", "calls"),
+    [(1000, 16, 16, 31), (10, 4, 4, 7), (3, 4, 3, 5), (10, 1, 1, 1), (1, 4, 1, 1)],
+)
+def test_what_fails_whatever_the_image_is_raised(
+    tmp_path: Path, count: int, block_size: int, failed: int, calls: int
+) -> None:
     made = Kept()
-    with pytest.raises(DgkitError, match="the first 8 images all failed, so it is not their prompts: ValueError"):
-        run(job(1000, 64, conditions=["poison"]), tmp_path, sampler=made)
-    assert len(made.calls) < 24
+    with pytest.raises(DgkitError, match=f"the first {failed} images all failed, so it is not their prompts: Value"):
+        run(job(count, block_size, conditions=["poison"]), tmp_path, sampler=made)
+    assert len(made.calls) == calls and Store(tmp_path).failures() == {}
+
+
+def test_a_pipeline_that_cannot_be_called_so_is_raised_at_once(dit: Path, tmp_path: Path) -> None:
+    of = Job(model=str(dit), conditions=[1], count=8, steps=1, call={"heigth": 8})
+    with pytest.raises(DgkitError, match="the sampler cannot be called so: .*heigth"):
+        run(of, tmp_path)
+    assert Store(tmp_path).failures() == {}
 
 
 def test_many_known_failures_do_not_stop_the_others(tmp_path: Path) -> None:
@@ -285,7 +298,7 @@ def test_errors_of_dgkit_and_of_the_device_are_nobodys_prompt(tmp_path: Path) ->
         broken.append(Broken(of))
         return broken[0]
 
-    with pytest.raises(DgkitError, match="the device broke at block 0.*device-side assert"):
+    with pytest.raises(RuntimeError, match="device-side assert"):
         run(job(), tmp_path / "b", sampler=make)
     assert len(broken[0].calls) == 1 and Store(tmp_path / "b").failures() == {}
 
@@ -426,34 +439,14 @@ def test_each_process_takes_its_own_gpu(
     assert own_device() == "cpu"
 
 
-# Progress -------------------------------------------------------------------------------------------------------------
-
-
-def test_progress_is_lines_where_there_is_no_terminal(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_only_the_first_worker_shows_its_progress(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    clock = [0.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: clock[0])
-    with Progress(100, 20, 0, 1) as progress:
-        for _ in range(8):
-            clock[0] += 10
-            progress.add(10)
-    # 20 were there; 1 image per second since
-    assert capsys.readouterr().err.splitlines() == [
-        "images: 50 of 100, 00:50 left",
-        "images: 80 of 100, 00:20 left",
-        "images: 100 of 100, 00:00 left",
-    ]
-    with Progress(100, 0, 1, 2) as progress:  # another rank stays quiet
-        progress.add(100)
-    assert capsys.readouterr().err == ""
-
-
-def test_progress_is_a_bar_on_a_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(module.sys.stderr, "isatty", lambda: True, raising=False)
-    with Progress(100, 20, 0, 4) as progress:
-        progress.add(80)
-    assert "images of worker 1 of 4: 100%" in capsys.readouterr().err
+    for rank, shown in (("1", False), ("0", True)):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        run(job(), tmp_path, sampler=Kept())
+        assert ("images of worker 1 of 2: 100%" in capsys.readouterr().err) == shown
 
 
 # Real pipelines -------------------------------------------------------------------------------------------------------
@@ -548,7 +541,7 @@ def test_a_poisoned_class_leaves_the_others_bytes(plain: tuple[Job, np.ndarray],
 
 
 def test_across_batch_shapes_values_differ_by_rounding_only(dit: Path, tmp_path: Path) -> None:
-    """What the docstring of dgbook.paper_scale.generate.run says of a small model in float32."""
+    """What the docstring of dgbook.paper_scale.generate.worker says of a small model in float32."""
     of = Job(model=str(dit), conditions=list(range(10)), count=32, block_size=8, steps=4, guidance_scale=3.0)
     whole, single = tmp_path / "8", tmp_path / "1"
     run(of, whole)
@@ -579,14 +572,14 @@ def test_changed_weights_are_refused(dit: Path, tmp_path: Path, caplog: pytest.L
 
     class Retrained(PipelineSampler):
         def __init__(self, of: Job) -> None:
-            real = module._identity
+            real = pipelines.identity
             with torch.no_grad(), pytest.MonkeyPatch.context() as patched:
 
                 def changed(pipe: Any, *rest: Any) -> Any:
                     next(pipe.transformer.parameters()).add_(1e-3)
                     return real(pipe, *rest)
 
-                patched.setattr(module, "_identity", changed)
+                patched.setattr(pipelines, "identity", changed)
                 super().__init__(of)
 
     run(of, tmp_path)

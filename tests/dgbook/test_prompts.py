@@ -38,7 +38,7 @@ def test_shipped_sets(name: str, count: int) -> None:
 
 
 def test_an_unknown_set_is_refused() -> None:
-    with pytest.raises(DgkitError, match="pickapic, hpsv2.1, parti, imagenet, offline, dungeon-tiles"):
+    with pytest.raises(DgkitError, match="pickapic, hpsv2.1, imagenet, offline, dungeon-tiles"):
         load("coco")
 
 
@@ -47,51 +47,6 @@ def test_the_fingerprint_is_of_texts_and_categories_in_order() -> None:
     expected = '[["a cat", "photo"], ["a dög", "anime"]]'
     assert fingerprint([a, b]) == hashlib.sha256(expected.encode()).hexdigest()
     assert len({fingerprint(x) for x in ([a, b], [b, a], [a], [a, replace(b, category="photo")])}) == 4
-
-
-# PartiPrompts ---------------------------------------------------------------------------------------------------------
-
-
-def parti(home: Path, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    (home / "PartiPrompts.tsv").write_text(text, encoding="utf-8")
-    monkeypatch.setenv("DGKIT_DATA_DIR", str(home))
-    sha256 = hashlib.sha256(text.encode()).hexdigest()
-    monkeypatch.setattr(prompts, "PARTI_FILE", replace(prompts.PARTI_FILE, sha256=sha256))
-
-
-ROWS = ['"OOPS" in\tArts\tBasic\t', "half a \" quote'\tArts\tBasic\ta note", " a café \tFood & Beverage\tBasic\t"]
-HEADER = "Prompt\tCategory\tChallenge\tNote\n"
-
-
-def test_parti_prompts(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = [f"prompt {i}\tAnimals\tBasic\t" for i in range(1629)] + ROWS
-    parti(home, monkeypatch, HEADER + "\n".join(rows) + "\n")
-    loaded = load("parti")
-    assert len(loaded) == 1632 and loaded[7] == Prompt(7, "prompt 7", "Animals")
-    assert [p.text for p in loaded[1629:]] == ['"OOPS" in', "half a \" quote'", " a café "]
-    assert [p.category for p in loaded[1629:]] == ["Arts", "Arts", "Food & Beverage"]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (HEADER + "\n".join(ROWS), "has 3 prompts, 1632"),
-        ("Text\tCategory\n" + "\n".join(ROWS), "columns Prompt and Category"),
-        (HEADER + "\n".join(["no category"] * 1632), "columns Prompt and Category"),
-        (HEADER + "\n".join([*ROWS, *[" \tArts\tBasic\t"] * 1629]), "prompt 3 is empty"),
-    ],
-)
-def test_other_tables_are_refused(text: str, message: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    parti(home, monkeypatch, text)
-    with pytest.raises(DataError, match=message):
-        load("parti")
-
-
-def test_altered_parti_prompts_are_refused(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("DGKIT_DATA_DIR", str(home))
-    (home / "PartiPrompts.tsv").write_text(HEADER + "\n".join(ROWS))
-    with pytest.raises(DataError, match="fab29e41"):  # the published hash
-        load("parti")
 
 
 # HPSv2 ----------------------------------------------------------------------------------------------------------------

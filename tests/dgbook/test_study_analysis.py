@@ -13,8 +13,8 @@ from scipy.stats import norm, t
 
 from dgbook import cli
 from dgbook.measures.stats import wilson
-from dgbook.paper_scale.study import QUESTIONS, Key, analyse
-from dgbook.paper_scale.study.analysis import COLUMNS, two_way_share
+from dgbook.paper_scale.study.analysis import COLUMNS, analyse, two_way_share
+from dgbook.paper_scale.study.page import QUESTIONS, Key
 from dgkit.errors import DgkitError
 
 

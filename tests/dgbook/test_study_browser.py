@@ -1,13 +1,10 @@
 """The user study in a real browser: from the first click, over a reload, to the table of win rates."""
 
 import base64
-import functools
 import io
 import json
 import shutil
-import threading
 from collections.abc import Callable, Iterator
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +14,8 @@ from PIL import Image
 from scipy.stats import binomtest, chisquare
 
 from dgbook import cli
-from dgbook.paper_scale.study import make
+from dgbook.paper_scale.study.page import make
+from tests.local_server import serving
 from tests.study_images import SIDE, folders, pixels
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install -e .[test]")
@@ -298,23 +296,13 @@ def test_a_phone_shows_it_all_without_sideways_scrolling(browser: Any, study: Pa
 
 
 def test_any_static_host_will_do(context: Any, study: Path) -> None:
-    class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, *arguments: Any) -> None:
-            asked.append(self.path)
-
-    asked: list[str] = []
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(study.parent)))
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
+    with serving(study.parent) as server:
         page = context.new_page()
-        page.goto(f"http://127.0.0.1:{server.server_port}/study.html")
+        page.goto(f"{server.address}/study.html")
         page.get_by_label("Your annotator id").fill("ann")
         page.get_by_role("button", name="Start").click()
         click(page, study)
         page.reload()
         assert page.locator("#count").inner_text() == f"Pair 2 of {COUNT}"
         assert page.get_by_alt_text("Left image").first.evaluate("e => e.naturalWidth") == SIDE
-    finally:
-        server.shutdown()
-        server.server_close()
-    assert asked == ["/study.html", "/study.html"]
+        assert server.asked == ["/study.html", "/study.html"]

@@ -16,8 +16,8 @@ from scipy.stats import binomtest
 from dgbook import cli
 from dgbook.paper_scale.generate.run import run
 from dgbook.paper_scale.generate.store import load_images
-from dgbook.paper_scale.study import QUESTIONS, Key, make
 from dgbook.paper_scale.study import page as module
+from dgbook.paper_scale.study.page import QUESTIONS, Key, make
 from dgkit.errors import DataError, DgkitError
 from tests.fake_images import Fake, job
 from tests.study_images import folders, pixels
@@ -251,7 +251,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: py
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(module, "_html", full)
-    with pytest.raises(DgkitError, match="is full"):
+    with pytest.raises(DgkitError, match="study.html cannot be written: No space left on device"):
         make(ours, theirs, tmp_path / "study.html")
     assert {path.name for path in tmp_path.iterdir()} == {"ours", "theirs", "study.key.json"}
 

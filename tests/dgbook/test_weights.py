@@ -6,6 +6,7 @@ import importlib.util
 import os
 import pickle
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -14,17 +15,19 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from dgbook.claims import paper
-from dgbook.downloads import NotHere, Published, fetch, local, replacing
+from dgbook.downloads import NotHere, Published, fetch, local
+from dgbook.files import replacing
 from dgbook.measures.base import MetricId
-from dgbook.paper_scale.scores import METRICS, MetricUnavailable, available, scorer
-from dgbook.paper_scale.scores.weights import WEIGHTS, label, package, tensors, weights
+from dgbook.paper_scale.scores import METRICS, available, scorer
+from dgbook.paper_scale.scores.weights import WEIGHTS, MetricUnavailable, label, package, tensors, weights
 from dgkit.errors import DataError, DgkitError
 from tests.hub_layout import isolate, put
+from tests.local_server import Server, serving
 
 HUB = Published(("model.safetensors", "pytorch_model.bin"), "MIT", 0.1, None, hub="owner/net", revision="a" * 40,
                 companions=("config.json", "vocab.txt"))  # fmt: skip
-FILE = Published(("net.pth",), "MIT", 0.1, None, url="https://example.invalid/net.pth")
+NOWHERE = "http://127.0.0.1:9/net.pth"  # nobody answers there
+FILE = Published(("net.pth",), "MIT", 0.1, None, url=NOWHERE)
 
 
 @pytest.fixture
@@ -43,30 +46,30 @@ def pickled(content: object) -> bytes:
     return buffer.getvalue()
 
 
-def served(home: Path, content: bytes) -> str:
-    (home / "server.pth").write_bytes(content)
-    return (home / "server.pth").as_uri()
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(tmp_path_factory.mktemp("server")) as started:
+        yield started
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
-def test_a_file_is_downloaded_once_and_hashed_every_time(home: Path) -> None:
-    item = replace(FILE, url=served(home, b"weights"), sha256=sha256(b"weights"))
+def test_a_file_is_downloaded_once_and_hashed_every_time(home: Path, server: Server) -> None:
+    item = replace(FILE, url=server.put("net.pth", b"weights"), sha256=sha256(b"weights"))
     assert local(item) is None
     found = fetch(item)
     assert found.path == home / ".cache" / "dgkit" / "net.pth" == local(item)
     assert found.sha256 == item.sha256 and found.published
-    (home / "server.pth").unlink()
-    assert fetch(item) == found
+    assert fetch(item) == found and server.asked == ["/net.pth"]
     found.path.write_bytes(b"Weights")
     with pytest.raises(DataError, match=f"{sha256(b'Weights')}, not {item.sha256}"):
         fetch(item)
 
 
-def test_a_download_that_is_not_the_published_file_is_not_kept(home: Path) -> None:
+def test_a_download_that_is_not_the_published_file_is_not_kept(home: Path, server: Server) -> None:
     with pytest.raises(DataError, match="SHA-256"):
-        fetch(replace(FILE, url=served(home, b"other"), sha256=sha256(b"weights")))
+        fetch(replace(FILE, url=server.put("net.pth", b"other"), sha256=sha256(b"weights")))
     assert list((home / ".cache" / "dgkit").iterdir()) == []
 
 
@@ -77,8 +80,8 @@ def test_the_data_folder_comes_first(home: Path, monkeypatch: pytest.MonkeyPatch
     assert fetch(FILE).path == home / "data" / "net.pth"
 
 
-def test_without_a_published_hash_the_first_one_counts(home: Path) -> None:
-    item = replace(FILE, url=served(home, b"weights"))
+def test_without_a_published_hash_the_first_one_counts(home: Path, server: Server) -> None:
+    item = replace(FILE, url=server.put("net.pth", b"weights"))
     found = fetch(item)
     assert not found.published and label("net", found) == f"net@{sha256(b'weights')[:12]}(first-use)"
     assert label("net", replace(found, published=True)) == f"net@{sha256(b'weights')[:12]}"
@@ -87,7 +90,7 @@ def test_without_a_published_hash_the_first_one_counts(home: Path) -> None:
         fetch(item)
 
 
-@pytest.mark.parametrize("item", [replace(FILE, url="file:///nowhere/net.pth"), HUB])
+@pytest.mark.parametrize("item", [replace(FILE, url=NOWHERE), HUB])
 def test_a_missing_file_says_how_to_get_it(home: Path, item: Published) -> None:
     with pytest.raises(NotHere, match="net.pth|model.safetensors") as raised:
         fetch(item)
@@ -132,7 +135,10 @@ def state() -> dict[str, torch.Tensor]:
 
 
 def installed(monkeypatch: pytest.MonkeyPatch, home: Path, content: bytes) -> None:
-    monkeypatch.setitem(WEIGHTS, "net", replace(FILE, url=served(home, content), sha256=sha256(content)))
+    folder = home / ".cache" / "dgkit"
+    folder.mkdir(parents=True)
+    (folder / "net.pth").write_bytes(content)
+    monkeypatch.setitem(WEIGHTS, "net", replace(FILE, sha256=sha256(content)))
 
 
 @pytest.mark.parametrize("key", ["", "state_dict"])
@@ -163,8 +169,8 @@ def test_safetensors_are_read_as_they_are(
 
 
 def test_a_pickle_with_another_hash_is_never_opened(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    url = served(home, pickled({}))
-    monkeypatch.setitem(WEIGHTS, "net", replace(FILE, url=url, sha256="0" * 64))
+    installed(monkeypatch, home, pickled({}))
+    monkeypatch.setitem(WEIGHTS, "net", replace(WEIGHTS["net"], sha256="0" * 64))
     monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("opened"))
     with pytest.raises(DataError, match="SHA-256"):
         tensors(weights("net"))
@@ -209,20 +215,11 @@ def test_weights_are_pinned(name: str) -> None:
         assert re.search(r"/releases/download/v|/[0-9a-f]{40}/", item.url)
 
 
-def test_every_score_of_the_papers_tables_is_a_metric() -> None:
-    for number, columns in {
-        1: ["clipscore", "blipscore", "hpsv2.1", "aesthetic"], 2: ["hpsv2.1", "aesthetic"],
-        3: ["clipscore", "blipscore", "hpsv2.1", "aesthetic"], 6: ["fid", "is", "precision", "recall"],
-    }.items():  # fmt: skip
-        assert sorted(name for name, row in METRICS.items() if number in row.tables) == sorted(columns)
-        assert set(columns) - set(paper.table(number).columns) <= {"hpsv2.1"}  # Table 2 has it per style
-
-
 @pytest.mark.parametrize("name", METRICS)
 def test_rows_of_metrics_are_complete(name: str) -> None:
     row = METRICS[name]
     module, _, attribute = row.builder.partition(":")
-    assert callable(getattr(importlib.import_module(f"dgbook.paper_scale.scores.{module}"), attribute))
+    assert callable(getattr(importlib.import_module(module, "dgbook.paper_scale.scores"), attribute))
     assert set(row.weights) <= set(WEIGHTS)
     if not row.weights:
         assert available(name) is None and scorer(name).id.name == name
@@ -232,7 +229,7 @@ def test_rows_of_metrics_are_complete(name: str) -> None:
 def test_a_metric_without_weights_says_what_to_do(name: str, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for item in METRICS[name].weights:
         if WEIGHTS[item].url:
-            monkeypatch.setitem(WEIGHTS, item, replace(WEIGHTS[item], url="file:///nowhere"))
+            monkeypatch.setitem(WEIGHTS, item, replace(WEIGHTS[item], url=NOWHERE))
     command = [WEIGHTS[item].command for item in METRICS[name].weights]
     reason = available(name)
     assert reason is not None and any(line in reason for line in command)

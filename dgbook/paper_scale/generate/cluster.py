@@ -11,8 +11,8 @@ from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dgbook.paper_scale.generate.run import MakeSampler, Outcome, Worker
 from dgbook.paper_scale.generate.store import Store
+from dgbook.paper_scale.generate.worker import MakeSampler, Outcome, Worker
 from dgkit.errors import DgkitError
 
 logger = logging.getLogger(__name__)
@@ -46,46 +46,33 @@ def outcomes(
     Raises:
         DgkitError: Ray is not installed or not there, workers end while they start, or as for `Worker`.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report to its makers
-    if not os.environ.get("RAY_ADDRESS"):
-        # what keeps a cluster of one machine to the loopback address, read when Ray is imported; not on Linux by itself
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    try:
-        import ray
-    except ImportError as error:
-        raise DgkitError('engine="ray" needs Ray: pip install "dgkit[cluster]"') from error
-    from ray.exceptions import RayError
-
-    _connect(ray, workers)
+    ray = _connected(workers)
     try:
         gpus = int(ray.cluster_resources().get("GPU", 0))
-        place: Any = {"num_gpus": 1} if gpus else {"num_cpus": 1}
-        actor_class: Any = ray.remote(**place)(_Actor)
-        queue, ended = deque(blocks), Counter[int]()
-        starting: dict[Any, Any] = {}  # actors, by Ray's promise of what they are doing
-        working: dict[Any, tuple[Any, int]] = {}
+        actor_class = ray.remote(**({"num_gpus": 1} if gpus else {"num_cpus": 1}))(_Actor)
+        queue, ended, failed_starts = deque(blocks), Counter[int](), 0
+        at_work: dict[Any, tuple[Any, int | None]] = {}  # by Ray's promise: an actor and its block, None to start
         idle: list[Any] = []
-        failed_starts = 0
 
         def start() -> None:
             actor = actor_class.remote(store.folder.absolute(), make)
-            starting[actor.start.remote()] = actor
+            at_work[actor.start.remote()] = (actor, None)
 
         def feed(actor: Any) -> None:
             if queue:
-                number = queue.popleft()
-                working[actor.run.remote(number)] = (actor, number)
+                block = queue.popleft()
+                at_work[actor.run.remote(block)] = (actor, block)
             else:
                 idle.append(actor)
 
         for _ in range(min(workers or gpus or 1, len(blocks))):
             start()
-        while queue or working:
-            promise = _next(ray, working, starting)
-            actor, block = working.pop(promise) if promise in working else (starting.pop(promise), None)
+        while queue or any(block is not None for _, block in at_work.values()):
+            promise = _next(ray, at_work)
+            actor, block = at_work.pop(promise)
             try:
                 outcome = ray.get(promise)
-            except RayError as error:
+            except ray.exceptions.RayError as error:
                 reason = _reason(error)
                 ray.kill(actor)
                 if block is None:
@@ -113,34 +100,39 @@ def outcomes(
         ray.shutdown()
 
 
-def _connect(ray: Any, workers: int | None) -> None:
-    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
+def _connected(workers: int | None) -> Any:
+    """The module `ray`, connected to the cluster of RAY_ADDRESS or to one of this process's own, which ends with it."""
+    address = os.environ.get("RAY_ADDRESS")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report to its makers
+    if not address:
+        # what keeps a cluster of one machine to the loopback address, read when Ray is imported; not on Linux by itself
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(**quiet)
-        else:
-            # a cluster of this process's own, which ends with it
-            ray.init(
-                address="local",
-                num_cpus=max(workers or 1, os.cpu_count() or 1),
-                include_dashboard=False,
-                object_store_memory=100_000_000,  # nothing but block numbers is passed around
-                **quiet,
-            )
+        import ray
+    except ImportError as error:
+        raise DgkitError('engine="ray" needs Ray: pip install "dgkit[cluster]"') from error
+    own = {
+        "address": "local",
+        "num_cpus": max(workers or 1, os.cpu_count() or 1),
+        "include_dashboard": False,
+        "object_store_memory": 100_000_000,  # nothing but block numbers is passed around
+    }
+    try:
+        ray.init(**({} if address else own), log_to_driver=False, logging_level=logging.ERROR)  # type: ignore[arg-type]
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        where = os.environ.get("RAY_ADDRESS") or "this machine"
         hint = "" if "RAY_AUTH_MODE" in os.environ else " (one with a password needs RAY_AUTH_MODE=token)"
-        raise DgkitError(f"Ray does not answer at {where}{hint}: {error}") from error
+        raise DgkitError(f"Ray does not answer at {address or 'this machine'}{hint}: {error}") from error
+    return ray
 
 
-def _next(ray: Any, working: dict[Any, Any], starting: dict[Any, Any]) -> Any:
+def _next(ray: Any, at_work: dict[Any, tuple[Any, int | None]]) -> Any:
     """The next promise that is kept or broken."""
     while True:
-        ready, _ = ray.wait([*working, *starting], num_returns=1, timeout=WAIT)
+        ready, _ = ray.wait(list(at_work), num_returns=1, timeout=WAIT)
         if ready:
             return ready[0]
-        if not working:
-            logger.warning("no worker has started yet: %d wait for Ray to find a place for them", len(starting))
+        if all(block is None for _, block in at_work.values()):
+            logger.warning("no worker has started yet: %d wait for Ray to find a place for them", len(at_work))
 
 
 def _reason(error: Exception) -> str:

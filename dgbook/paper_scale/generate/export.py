@@ -1,12 +1,12 @@
 """A finished run in the format of guided-diffusion's evaluator."""
 
-import os
 import zipfile
 from pathlib import Path
 
 import numpy as np
 
-from dgbook.paper_scale.generate.store import Store, full_disk, partial, publish
+from dgbook.files import replacing
+from dgbook.paper_scale.generate.store import Store
 from dgkit.errors import DgkitError
 
 
@@ -22,29 +22,19 @@ def export_npz(folder: Path, path: Path) -> Path:
 
     Raises:
         DataError: images are missing, or a shard is damaged.
-        DgkitError: `path` is not an `.npz`, its folder is not there, the disk is full, or the images differ in size.
+        DgkitError: `path` is not an `.npz`, its folder is not there, it cannot be written, or the images differ in
+            size.
     """
     path, store = Path(path), Store(folder)
     job = store.job
     if path.suffix != ".npz" or not path.parent.is_dir():
         raise DgkitError(f"path={str(path)!r} is not allowed: give a file .npz in a folder that exists")
-    temporary = partial(path)
-    try:
-        with open(temporary, "wb") as file:
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-                _write_images(store, archive)
-                if isinstance(job.conditions[0], int):
-                    labels = np.array([job.condition(i) for i in range(job.count)], np.int64)
-                    with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as entry:
-                        np.lib.format.write_array(entry, labels)
-            file.flush()
-            os.fsync(file.fileno())
-        publish(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and (full := full_disk(error, path)):
-            raise full from error
-        raise
+    with replacing(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+        _write_images(store, archive)
+        if isinstance(job.conditions[0], int):
+            labels = np.array([job.condition(i) for i in range(job.count)], np.int64)
+            with archive.open(zipfile.ZipInfo("arr_1.npy"), "w") as entry:
+                np.lib.format.write_array(entry, labels)
     return path
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -10,7 +9,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from dgkit import checks
+from dgkit.disruption import EDIT_KINDS
 from dgkit.errors import DgkitError
+from dgkit.guidance import METHODS, Reuse
+from dgkit.zoo import MODELS
 
 LIBRARIES = ("torch", "diffusers", "transformers")
 SEEDS = 1_000_000  # one seed's share of the seeds of single images
@@ -65,33 +68,23 @@ class Job:
     versions: Mapping[str, str] = field(default_factory=library_versions)
 
     def __post_init__(self) -> None:
-        for name, least, most in (
-            ("count", 1, SEEDS),
-            ("seed", 0, 2**63 // SEEDS - 1),
-            ("steps", 1, None),
-            ("block_size", 1, None),
-        ):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least or (most and value > most):
-                to = f"from {least} to {most:,}" if most else f"{least} or above"
-                raise DgkitError(f"{name}={value!r} is not allowed: give an integer, {to}")
-        s = self.guidance_scale
-        if isinstance(s, bool) or not isinstance(s, int | float) or not math.isfinite(s) or s < 1:
-            raise DgkitError(f"guidance_scale={s!r} is not allowed: give a number from 1 (no CFG) up")
+        checks.integer("count", self.count, 1, SEEDS)
+        checks.integer("seed", self.seed, 0, 2**63 // SEEDS - 1)
+        checks.integer("steps", self.steps, 1)
+        checks.integer("block_size", self.block_size, 1)
+        scale = checks.number("guidance_scale", self.guidance_scale, 1, allowed="give a number from 1 (no CFG) up")
         if not isinstance(self.model, str | Path) or not str(self.model):
-            raise DgkitError(f"model={self.model!r} is not allowed: give a name, a pipeline folder or a hub id")
+            checks.refuse("model", self.model, "give a name, a pipeline folder or a hub id")
         given = () if isinstance(self.conditions, str) else self.conditions
         conditions = tuple(c.item() if hasattr(c, "item") else c for c in given)
         if not conditions or not any(all(type(c) is kind for c in conditions) for kind in (str, int)):
             raise DgkitError("conditions are not allowed: give a list of prompts, or a list of class ids")
-        dtype = self.dtype or _usual_dtype(str(self.model))
-        if dtype not in DTYPES:
-            raise DgkitError(f"dtype={dtype!r} is not allowed: use one of {', '.join(DTYPES)}")
+        dtype = checks.one_of("dtype", self.dtype or _usual_dtype(str(self.model)), DTYPES)
         for name, plain in (
             ("model", str(self.model)),
             ("conditions", conditions),
             ("dtype", dtype),
-            ("guidance_scale", float(s)),
+            ("guidance_scale", float(scale)),
             ("methods", _plain(self.methods, "methods")),
             ("disruption", _plain(self.disruption, "disruption")),
             ("call", _plain(self.call, "call")),
@@ -177,15 +170,10 @@ class Job:
         Raises:
             DgkitError: an unknown name or parameter, or a value that is not allowed.
         """
-        if not self.methods:
-            return []
-        from dgkit.guidance import METHODS, Reuse
-
         made = []
         for name, parameters in self.methods.items():
-            if name not in METHODS or name == "autoguidance":  # whose parameter is a network
-                known = ", ".join(n for n in METHODS if n != "autoguidance")
-                raise DgkitError(f"method {name!r} is not allowed: use {known}")
+            # autoguidance's parameter is a network, which is no text
+            checks.one_of("method", name, [known for known in METHODS if known != "autoguidance"])
             allowed = {f.name for f in fields(METHODS[name]) if f.init}
             for key, value in parameters.items():
                 if key not in allowed:
@@ -199,46 +187,11 @@ class Job:
         return made
 
     def _check_disruption(self) -> None:
-        from dgkit.disruption import EDIT_KINDS
-
-        given = dict(self.disruption)
+        given = self.disruption
         allowed, needed = {"block", "dims", "kind", "seed"}, {"block", "dims"}
         if not needed <= given.keys() <= allowed or given.get("kind", "zero") not in EDIT_KINDS:
-            raise DgkitError(
-                f"disruption={given!r} is not allowed: give block and dims, and if need be seed and a kind of "
-                f"{', '.join(EDIT_KINDS)}"
-            )
-
-
-def read_conditions(prompts: str | None, classes: str | None) -> tuple[list[Any], str]:
-    """Conditions and their name from what a command line gives: one of the two.
-
-    Args:
-        prompts: the name of a prompt set (`dgbook.paper_scale.prompts`), or a text file with one prompt per line.
-        classes: class ids, "FIRST-LAST".
-
-    Raises:
-        DgkitError: neither a set nor a file, an empty line in the file, or no range.
-    """
-    if classes is not None:
-        found = re.fullmatch(r"(\d+)-(\d+)", classes)
-        if not found or int(found[2]) < int(found[1]):
-            raise DgkitError(f"classes={classes!r} is not allowed: give FIRST-LAST, such as 0-999")
-        return list(range(int(found[1]), int(found[2]) + 1)), ""
-    from dgbook.paper_scale.prompts import SETS, load
-
-    if prompts in SETS:
-        return [prompt.condition for prompt in load(prompts)], prompts
-    path = Path(prompts or "")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        sets = ", ".join(SETS)
-        raise DgkitError(f"prompts={prompts!r} is not allowed: give a text file, or a set: {sets} ({error})") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            raise DgkitError(f"{path}, line {number} is empty: give one prompt per line")
-    return list(lines), path.stem
+            kinds = ", ".join(EDIT_KINDS)
+            checks.refuse("disruption", given, f"give block and dims, and if need be seed and a kind of {kinds}")
 
 
 def read_json(name: str, text: str) -> dict[str, Any]:
@@ -277,8 +230,6 @@ def _plain(value: Any, where: str) -> Any:
 
 
 def _usual_dtype(model: str) -> str:
-    from dgkit.zoo import MODELS
-
     own = MODELS[model].source is None if model in MODELS else Path(model).is_dir()
     return "float32" if own else "bfloat16"
 

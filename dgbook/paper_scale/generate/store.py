@@ -1,4 +1,4 @@
-"""The folder of a run. All that is in it under a final name is whole: files are written beside it and then renamed.
+"""The folder of a run. All that is in it under a final name is whole (`dgbook.files.replacing`).
 
 manifest.json            the job
 model.json               hashes of the weights and what the methods resolved to, by the first worker that knew
@@ -6,12 +6,9 @@ shards/000123.safetensors   images and indices of one block, provenance, checksu
 failures/000123.json     what of a block could not be made, and why
 """
 
-import errno
 import hashlib
 import json
 import logging
-import os
-import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +17,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load, save
+from safetensors.numpy import save_file
 
+from dgbook.files import replacing
 from dgbook.paper_scale.generate.job import Job, canonical
 from dgkit.errors import DataError, DgkitError
 
 logger = logging.getLogger(__name__)
 
 Image = NDArray[np.uint8]
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -67,13 +64,9 @@ class Store:
         Raises:
             DgkitError: the folder is another job's, or cannot be written.
         """
-        folder = Path(folder)
-        try:
-            (folder / "shards").mkdir(parents=True, exist_ok=True)
-            (folder / "failures").mkdir(exist_ok=True)
-        except OSError as error:
-            raise DgkitError(f"{folder} cannot be written: {error.strerror}") from error
-        _write_once(folder / "manifest.json", json.dumps(job.to_dict(), indent=1, ensure_ascii=False).encode())
+        manifest = Path(folder) / "manifest.json"
+        if not manifest.exists():
+            _write(manifest, json.dumps(job.to_dict(), indent=1, ensure_ascii=False))
         store = cls(folder)
         if found := job.differences(store.job):
             raise DgkitError(f"{folder} belongs to another job: {'; '.join(found)}. Give another folder")
@@ -87,7 +80,8 @@ class Store:
         """
         mine = json.loads(json.dumps(dict(identity)))
         path = self.folder / "model.json"
-        _write_once(path, json.dumps(mine, indent=1).encode())
+        if not path.exists():
+            _write(path, json.dumps(mine, indent=1))
         there = json.loads(path.read_text())
         parts = [name for name in sorted({*mine, *there}) if canonical(mine.get(name)) != canonical(there.get(name))]
         if parts:
@@ -101,7 +95,7 @@ class Store:
         """Keep the images of a block in place of those that are there.
 
         Raises:
-            DgkitError: the disk is full; the shard is as it was.
+            DgkitError: it cannot be written; the shard is as it was.
         """
         indices = sorted(shard.images)
         arrays: dict[str, NDArray[Any]] = {
@@ -110,8 +104,8 @@ class Store:
             "indices": np.array(indices, np.int64),
         }
         provenance = json.dumps(shard.provenance)
-        metadata = {"provenance": provenance, "sha256": _checksum(arrays, provenance)}
-        _write(self._shard(block), save(arrays, metadata))
+        with replacing(self._shard(block)) as partial:
+            save_file(arrays, partial, {"provenance": provenance, "sha256": _checksum(arrays, provenance)})
 
     def read(self, block: int) -> Shard | None:
         """The images of a block; None if there are none.
@@ -121,22 +115,17 @@ class Store:
         """
         path = self._shard(block)
         try:
-            content = path.read_bytes()
+            with safe_open(path, framework="numpy") as file:
+                arrays, metadata = {name: file.get_tensor(name) for name in ("images", "indices")}, file.metadata()
+            images, indices = arrays["images"], arrays["indices"].tolist()
+            whole = metadata["sha256"] == _checksum(arrays, metadata["provenance"])
         except FileNotFoundError:
             return None
-        except OSError as error:  # a failing disk
-            raise DataError(f"{path} cannot be read: {error.strerror}") from error
-        try:
-            arrays = load(content)
-            # safetensors reads metadata from a path only, and maps the file: a failing disk would end the process
-            header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"]
-            images, indices = arrays["images"], arrays["indices"].tolist()
-            whole = header["sha256"] == _checksum(arrays, header["provenance"])
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path} is damaged: {error}") from error
         if not whole or not set(indices) <= set(self.job.block(block)):
             raise DataError(f"{path} is damaged: its checksum does not fit")
-        return Shard(dict(zip(indices, images, strict=True)), json.loads(header["provenance"]))
+        return Shard(dict(zip(indices, images, strict=True)), json.loads(metadata["provenance"]))
 
     def intact(self, block: int) -> Shard | None:
         """As `read`, but a damaged shard counts as none, with a warning."""
@@ -155,7 +144,7 @@ class Store:
         """Keep why images of a block could not be made, in place of what was kept before; nothing if none failed."""
         path = self.folder / "failures" / f"{block:06d}.json"
         if reasons:
-            _write(path, json.dumps({str(i): reason for i, reason in sorted(reasons.items())}, indent=1).encode())
+            _write(path, json.dumps({str(i): reason for i, reason in sorted(reasons.items())}, indent=1))
         else:
             path.unlink(missing_ok=True)
 
@@ -242,9 +231,6 @@ def load_images(folder: Path) -> Image:
     return whole
 
 
-# ---------------------------------------------------------------------------------------------------------------- files
-
-
 def _checksum(arrays: Mapping[str, NDArray[Any]], provenance: str) -> str:
     digest = hashlib.sha256(provenance.encode())
     for name in ("indices", "images"):
@@ -254,57 +240,6 @@ def _checksum(arrays: Mapping[str, NDArray[Any]], provenance: str) -> str:
     return digest.hexdigest()
 
 
-def partial(path: Path) -> Path:
-    """A name beside `path` that no other process uses."""
-    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
-
-
-def publish(temporary: Path, path: Path, *, once: bool = False) -> None:
-    """Give a file that is written its final name, for good: it outlives a crash of the machine.
-
-    With `once` a file that has the name already stays.
-    """
-    if once:
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            pass
-        except OSError:  # a file system without hard links
-            os.replace(temporary, path)
-        temporary.unlink(missing_ok=True)
-    else:
-        os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    except OSError:  # some network file systems cannot
-        pass
-    finally:
-        os.close(folder)
-
-
-def full_disk(error: OSError, path: Path) -> DgkitError | None:
-    """The sentence for an error that means a full disk."""
-    if error.errno not in _FULL:
-        return None
-    return DgkitError(f"{path.parent} is full ({error.strerror}): make room, then run the same command to go on")
-
-
-def _write(path: Path, content: bytes, *, once: bool = False) -> None:
-    temporary = partial(path)
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        publish(temporary, path, once=once)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        if full := full_disk(error, path):
-            raise full from error
-        raise
-
-
-def _write_once(path: Path, content: bytes) -> None:
-    if not path.exists():
-        _write(path, content, once=True)
+def _write(path: Path, text: str) -> None:
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")

@@ -1,7 +1,7 @@
-"""What changes in the images: spectra and sharpness without a network, and scores on a network's features or logits.
+"""Scores of images by the names that the paper's tables use, and what stands in for them on small images.
 
-`METRICS` lists every metric by the name that the paper's tables use. `scorer(name)` builds one; one that this machine
-lacks the weights or packages for raises `MetricUnavailable`, and `available(name)` says so without loading anything.
+`scorer(name)` builds one of `METRICS`; one that this machine lacks the weights or packages for raises
+`MetricUnavailable`, and `available(name)` says so without loading anything.
 """
 
 import importlib
@@ -11,10 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dgbook.downloads import local
-from dgbook.paper_scale.scores.weights import WEIGHTS, MetricUnavailable
-from dgkit.errors import DgkitError
-
-__all__ = ["METRICS", "MetricRow", "MetricUnavailable", "available", "scorer"]
+from dgbook.paper_scale.scores.weights import WEIGHTS
+from dgkit.checks import one_of
 
 
 @dataclass(frozen=True)
@@ -25,51 +23,33 @@ class MetricRow:
         label: for tables.
         kind: "image": scores per image and prompt; "pair": per image and reference image; "set": one number for all.
         builder: what makes its scorer, "module:name"; for sets the network whose features they share.
-        unit: what a value means.
-        higher_is_better: None for what has no better end.
-        tables: of the paper in which it stands.
         weights: names in `WEIGHTS`.
         packages: optional ones, as imported and as installed.
-        options: arguments of the builder.
     """
 
     label: str
     kind: Literal["image", "pair", "set"]
     builder: str
-    unit: str
-    higher_is_better: bool | None
-    tables: tuple[int, ...] = ()
     weights: tuple[str, ...] = ()
     packages: Mapping[str, str] = field(default_factory=dict)
-    options: Mapping[str, Any] = field(default_factory=dict)
 
 
-_INCEPTION: dict[str, Any] = {
-    "weights": ("inception-2015-12-05",), "packages": {"torch_fidelity": "torch-fidelity"}, "tables": (6,)
-}  # fmt: skip
-_HPS: dict[str, Any] = {"weights": ("hpsv2.1",), "packages": {"open_clip": "open_clip_torch"}}
 _CLIP = "clip-vit-large-patch14"
+_INCEPTION: tuple[Any, ...] = (".sets:Inception", ("inception-2015-12-05",), {"torch_fidelity": "torch-fidelity"})
 
 METRICS: dict[str, MetricRow] = {
-    "clipscore": MetricRow(
-        "CLIPScore", "image", "clip:CLIPScore", "100 max(cos, 0)", True, (1, 3), (_CLIP,)),
-    "blipscore": MetricRow(
-        "BLIPScore", "image", "blip:BLIPScore", "100 softmax(itm)[1]", True, (1, 3), ("blip-itm-large-coco",)),
-    "hpsv2.1": MetricRow("HPSv2.1", "image", "clip:HPSv2", "100 cos", True, (1, 2, 3), **_HPS),
-    "hpsv2.1-amp": MetricRow("HPSv2.1 (amp)", "image", "clip:HPSv2", "100 cos", True, **_HPS, options={"amp": True}),
-    "aesthetic": MetricRow(
-        "Aesthetic", "image", "clip:Aesthetic", "rating, about 1 to 10", True, (1, 2, 3), (_CLIP, "laion-aesthetics")),
-    "fid": MetricRow("FID", "set", "sets:Inception", "squared distance", False, **_INCEPTION),
-    "is": MetricRow("IS", "set", "sets:Inception", "exp(KL), 1 to 1008", True, **_INCEPTION),
-    "precision": MetricRow("Precision", "set", "sets:Inception", "share", True, **_INCEPTION),
-    "recall": MetricRow("Recall", "set", "sets:Inception", "share", True, **_INCEPTION),
-    "sharpness": MetricRow("Sharpness", "image", "detail:sharpness_score", "variance of the Laplacian", None),
-    "high-frequency-energy": MetricRow(
-        "High frequencies", "image", "detail:high_frequency_score", "share of power above 0.25 cycles/pixel", None),
-    "structure-similarity": MetricRow(
-        "Structure", "pair", "detail:structure_score", "SSIM below 0.125 cycles/pixel", None),
-    "self-similarity": MetricRow("Self-similarity", "pair", "detail:self_similarity_score", "correlation", None),
-}  # fmt: skip
+    "clipscore": MetricRow("CLIPScore", "image", ".clip:CLIPScore", (_CLIP,)),
+    "blipscore": MetricRow("BLIPScore", "image", ".blip:BLIPScore", ("blip-itm-large-coco",)),
+    "hpsv2.1": MetricRow("HPSv2.1", "image", ".clip:HPSv2", ("hpsv2.1",), {"open_clip": "open_clip_torch"}),
+    "aesthetic": MetricRow("Aesthetic", "image", ".clip:Aesthetic", (_CLIP, "laion-aesthetics")),
+    "fid": MetricRow("FID", "set", *_INCEPTION),
+    "is": MetricRow("IS", "set", *_INCEPTION),
+    "precision": MetricRow("Precision", "set", *_INCEPTION),
+    "recall": MetricRow("Recall", "set", *_INCEPTION),
+    "sharpness": MetricRow("Sharpness", "image", "dgbook.measures.detail:sharpness_score"),
+    "high-frequency-energy": MetricRow("High frequencies", "image", "dgbook.measures.detail:high_frequency_score"),
+    "structure-similarity": MetricRow("Structure", "pair", "dgbook.measures.detail:structure_score"),
+}
 
 
 def available(name: str) -> str | None:
@@ -78,7 +58,7 @@ def available(name: str) -> str | None:
     Raises:
         DgkitError: unknown name.
     """
-    row = _row(name)
+    row = METRICS[one_of("metric", name, METRICS)]
     for module, install in row.packages.items():
         if importlib.util.find_spec(module) is None:
             return f'{install} is not installed: pip install "dgkit[scores]"'
@@ -98,13 +78,7 @@ def scorer(name: str, device: str = "cpu") -> Any:
         DataError: weights are not the published ones.
         DgkitError: unknown name.
     """
-    row = _row(name)
+    row = METRICS[one_of("metric", name, METRICS)]
     module, _, attribute = row.builder.partition(":")
-    build = getattr(importlib.import_module(f"dgbook.paper_scale.scores.{module}"), attribute)
-    return build(device=device, **row.options) if row.weights else build()
-
-
-def _row(name: str) -> MetricRow:
-    if name not in METRICS:
-        raise DgkitError(f"metric={name!r} is not known: use one of {', '.join(METRICS)}")
-    return METRICS[name]
+    build = getattr(importlib.import_module(module, __name__), attribute)
+    return build(device) if row.weights else build()

@@ -68,35 +68,25 @@ class HPSv2(Scorer):
     """100 cos of image and prompt with HPSv2.1 (Wu et al. 2023).
 
     Images are prepared on tensors as in the official code, which since torchvision 0.17 low-passes them (before, its
-    default did not, and scores differ). Prompts are cut at 77 tokens.
-
-    Args:
-        device: where the network computes.
-        amp: compute in mixed precision, as the official code does (float16 on a GPU, bfloat16 on the CPU). Its scores
-            have three digits; float32 is what results should be reported in.
+    default did not, and scores differ). Prompts are cut at 77 tokens. The network computes in float32; in the official
+    code's mixed precision scores have three digits.
     """
 
-    def __init__(self, device: str = "cpu", amp: bool = False) -> None:
+    def __init__(self, device: str = "cpu") -> None:
         open_clip = package("open_clip", "open_clip_torch")
         found = weights("hpsv2.1")
         self.network = open_clip.CLIP(**open_clip.get_model_config(HPS_ARCHITECTURE))
         _load(self.network, tensors(found, key="state_dict"), found)
         self.network.to(device).eval()
         self.tokenizer = open_clip.get_tokenizer(HPS_ARCHITECTURE)
-        self.device, self.amp = device, amp
-        half = torch.float16 if torch.device(device).type == "cuda" else torch.bfloat16
-        self.autocast = torch.autocast(torch.device(device).type, half, enabled=amp)
-        dtype = f"amp-{str(half).removeprefix('torch.')}" if amp else "float32"
-        self.id = MetricId("hpsv2.1", label("hpsv2.1", found), _PADDED, True, dtype, "100*cos")
+        self.device = device
+        self.id = MetricId("hpsv2.1", label("hpsv2.1", found), _PADDED, True, "float32", "100*cos")
 
     @torch.no_grad()
     def _score(self, images: NDArray[np.uint8], prompts: list[str]) -> Any:
         pixels, text = padded(images).to(self.device), self.tokenizer(prompts).to(self.device)
-        with self.autocast:
-            image_features = self.network.encode_image(pixels, normalize=True)
-            text_features = self.network.encode_text(text, normalize=True)
-            if self.amp:  # the product too is rounded, as in the official code
-                return 100 * (image_features @ text_features.T).diagonal().double().cpu()
+        image_features = self.network.encode_image(pixels, normalize=True)
+        text_features = self.network.encode_text(text, normalize=True)
         return 100 * cosine(image_features, text_features).cpu()
 
 

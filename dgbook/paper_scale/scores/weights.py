@@ -14,7 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dgbook.downloads import Found, NotHere, Published, cache_dir, fetch, replacing
+from dgbook.downloads import Found, NotHere, Published, cache_dir, fetch
+from dgbook.files import replacing
 from dgkit.errors import DataError, DgkitError
 
 

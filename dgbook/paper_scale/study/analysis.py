@@ -27,6 +27,7 @@ import pandas as pd
 from numpy.typing import ArrayLike
 from scipy import stats
 
+from dgbook.files import replacing
 from dgbook.measures.stats import LEVEL, Interval, wilson
 from dgbook.paper_scale.study.page import QUESTIONS, Key
 from dgkit.errors import DgkitError
@@ -219,10 +220,8 @@ def write_json(outcome: Outcome, path: Path) -> Path:
     Raises:
         DgkitError: it cannot be written.
     """
-    try:
-        path.write_text(json.dumps(outcome.as_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise DgkitError(f"{path} cannot be written: {error.strerror}") from error
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(outcome.as_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return path
 
 

@@ -20,7 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from dgbook.paper_scale.generate.store import Store, full_disk, images, partial, publish
+from dgbook.files import replacing
+from dgbook.paper_scale.generate.store import Store, images
+from dgkit import checks
 from dgkit.errors import DgkitError
 
 QUESTIONS: dict[str, tuple[str, str]] = {
@@ -93,15 +95,14 @@ def make(a: Path, b: Path, output: Path, seed: int = 0) -> Key:
     Raises:
         DgkitError: a folder is missing or empty, the names do not pair up, a pair differs in size, is identical or has
             two prompts, an image cannot be read or is transparent or has a colour profile, some pairs have prompts and
-            others none, two runs have other conditions or seeds, `output` is not allowed or the key of another study
-            is there, or the disk is full.
+            others none, two runs have other conditions or seeds, `output` is not allowed or cannot be written, or the
+            key of another study is there.
         DataError: a run is not finished, or damaged.
     """
     output = Path(output)
     if output.suffix != ".html" or not output.parent.is_dir():
         raise DgkitError(f"output={str(output)!r} is not allowed: give a file .html in a folder that exists")
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise DgkitError(f"seed={seed!r} is not allowed: give an integer, 0 or above")
+    checks.integer("seed", seed, 0)
     first, second = _Folder(Path(a)), _Folder(Path(b))
     _check_pairing(first, second)
     prompts = _prompts(first, second)
@@ -147,8 +148,10 @@ def make(a: Path, b: Path, output: Path, seed: int = 0) -> Key:
     there = key_path(output)
     if there.exists() and Key.read(there).study != key.study:
         raise DgkitError(f"{there} is the key of another study, whose answers need it: give another output")
-    _write(there, iter([json.dumps(asdict(key), indent=1, ensure_ascii=False).encode()]))
-    _write(output, _html(study, blocks))
+    with replacing(there) as partial:
+        partial.write_text(json.dumps(asdict(key), indent=1, ensure_ascii=False), encoding="utf-8")
+    with replacing(output) as partial, partial.open("wb") as file:
+        file.writelines(_html(study, blocks))
     return key
 
 
@@ -263,14 +266,3 @@ def _prompts(a: _Folder, b: _Folder) -> dict[str, str]:
             f"{len(lacking)} of {len(a.names)} pairs have no prompt, {lacking[0]!r} first: give all or none"
         )
     return prompts
-
-
-def _write(path: Path, parts: Iterator[bytes]) -> None:
-    temporary = partial(path)
-    try:
-        with open(temporary, "wb") as file:
-            file.writelines(parts)
-        publish(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise full_disk(error, path) or DgkitError(f"{path} cannot be written: {error.strerror}") from error
