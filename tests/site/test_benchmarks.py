@@ -112,18 +112,24 @@ def test_tensors_without_memory_are_not_counted() -> None:
     assert record.live_megabytes() - before == pytest.approx(2.0, abs=0.01) and len(fake) == 2 * len(real)
 
 
-def test_a_record_stays_as_large_as_it_is() -> None:
-    table = record.measure_memory((2, 6)).set_index("run")
+@pytest.fixture(scope="module")
+def memory() -> pd.DataFrame:
+    return record.measure_memory((2, 6))
+
+
+def test_a_record_stays_as_large_as_it_is(memory: pd.DataFrame) -> None:
+    table = memory.set_index("run")
     assert table.loc["record, 6 prompts", "MB"] == table.loc["record, 2 prompts", "MB"] > 0
     assert table.loc["record, 6 prompts", "holds"]
     # 28 blocks, 4 tokens, width 32
     assert table.loc["keep by hand, 6 prompts", "MB"] == pytest.approx(6 * 28 * 4 * 32 * 4 / 1e6)
 
 
-def test_all_in_one_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_in_one_table(
+    memory: pd.DataFrame, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(branches, "REDUCED", {"sd3": full_size.TOY["sd3"]})
     monkeypatch.setattr(record, "SIZES", {"sd3": full_size.TOY["sd3"]})
-    memory = record.measure_memory((1, 2))
     monkeypatch.setattr(record, "measure_memory", lambda: memory)
     worker = pd.DataFrame([{"model": "sleeper", "run": "1 process", "ratio": 0.97, "expected": 0.95, "holds": True}])
     monkeypatch.setattr(runner, "measure", lambda: worker)
