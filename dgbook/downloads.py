@@ -17,7 +17,7 @@ import pooch
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
-from dgbook.files import replacing
+from dgbook.files import write_whole
 from dgkit.errors import DataError
 
 
@@ -109,8 +109,7 @@ def check_first_use(name: str, found: str) -> None:
     """
     note = cache_dir() / "first-use" / f"{name}.sha256"
     if not note.is_file():
-        with replacing(note) as partial:
-            partial.write_text(found + "\n")
+        write_whole(note, found + "\n")
     noted = note.read_text().strip()
     if found != noted:
         raise DataError(

@@ -28,3 +28,9 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file in UTF-8 by `replacing`."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")

@@ -5,7 +5,6 @@ runs, under `data/results/reference/<model>/`; nothing but `acceptance.accept` c
 """
 
 import json
-import os
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -15,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from dgbook.claims.provenance import provenance
+from dgbook.files import write_whole
 from dgbook.measures.stats import Interval
 from dgbook.paths import results_dir, safe_name
 from dgkit.errors import DgkitError
@@ -248,10 +248,3 @@ def read(path: Path) -> Record:
         return Record(**json.loads(path.read_text()))
     except (OSError, TypeError, json.JSONDecodeError) as error:
         raise DgkitError(f"{path} is not a result file: {error}") from error
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that a killed process leaves the earlier one."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)

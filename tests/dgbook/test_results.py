@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import json
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -161,8 +162,8 @@ def test_commit_and_dirty_flag(tmp_path, monkeypatch):
 def test_a_failed_save_leaves_the_earlier_file(folders, monkeypatch):
     path = measure()
     before = path.read_text()
-    monkeypatch.setattr(results.os, "replace", lambda *paths: (_ for _ in ()).throw(OSError("full")))
-    with pytest.raises(OSError, match="full"):
+    monkeypatch.setattr(os, "replace", lambda *paths: (_ for _ in ()).throw(OSError("full")))
+    with pytest.raises(DgkitError, match="cannot be written: full"):
         measure({"mse": 9.0})
     assert path.read_text() == before
 
