@@ -6,6 +6,7 @@ from dgbook.claims import verdicts
 from dgbook.markdown import code, plain, table
 from dgbook.pages.text import ZOO, command_of, on_models
 from dgbook.paper_scale import plan, protocol
+from dgbook.paper_scale.row import evaluations
 from dgkit.zoo import MODELS
 
 NOT_REPEATABLE = {
@@ -73,8 +74,8 @@ def costs() -> str:
         if model.source is None or model.preset.block is None:
             continue
         n, block = model.blocks, model.preset.block
-        alone, beside_cfg = (protocol.evaluations(n, cfg, block) for cfg in (False, True))
-        ratios = (alone / (2 * n), beside_cfg / (3 * n), beside_cfg / protocol.evaluations(n, True))
+        alone, beside_cfg = (evaluations(n, cfg, block) for cfg in (False, True))
+        ratios = (alone / (2 * n), beside_cfg / (3 * n), beside_cfg / evaluations(n, True))
         lines.append((code(name), str(n), str(block + 1), *(f"{ratio:.2f}" for ratio in ratios)))
     header = ("", "N", "m", "DG: (2N - m) / 2N", "CFG + DG: (3N - m) / 3N", "CFG + DG over CFG: (3N - m) / 2N")
     return table(header, lines)

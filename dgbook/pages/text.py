@@ -5,8 +5,9 @@ from collections.abc import Sequence
 from dgbook import notebooks
 from dgbook.markdown import code
 from dgbook.paper_scale import protocol
+from dgbook.paper_scale.row import NAMES
 
-ZOO = protocol.NAMES | {"DiT-XL": "dit-xl-2"}
+ZOO = NAMES | {"DiT-XL": "dit-xl-2"}
 """The paper's names of its models, and ours."""
 
 

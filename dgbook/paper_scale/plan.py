@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from dgbook.downloads import Published, local
 from dgbook.paper_scale import protocol
-from dgbook.paper_scale.protocol import Row
+from dgbook.paper_scale.row import Row, block_evaluations
 from dgbook.paper_scale.scores import METRICS
 from dgbook.paper_scale.scores.weights import WEIGHTS
 from dgkit import loading
@@ -167,7 +167,7 @@ def plan(table: str, model: str | None = None) -> Plan:
     timings = {name: timing(name) for name in models}
     return Plan(
         work=tuple(
-            Work(row, row.count * row.seed_blocks, protocol.block_evaluations(row), gpu_hours(row, timings[row.model]))
+            Work(row, row.count * row.seed_blocks, block_evaluations(row), gpu_hours(row, timings[row.model]))
             for row in rows
         ),
         basis={name: _basis(name, timings[name]) for name in models},
@@ -215,14 +215,14 @@ def gpu_hours(row: Row, measured: Timing | None) -> float:
         row: of a table.
         measured: times of its model; FLOPs are counted without.
     """
-    evaluations = protocol.block_evaluations(row)
+    evaluations = block_evaluations(row)
     if measured is None:
         return evaluations * block_flops(MODELS[row.model]) / (EFFICIENCY * PEAK_TFLOPS * 1e12) / 3600
     cfg, dg = row.guidance_scale > 1, row.methods.get("dg")
     share = 1.0
     if dg is not None:  # measured at the preset's depth
         at_preset = replace(row, methods={"dg": {**dg, "block": MODELS[row.model].preset.block}})
-        share = evaluations / protocol.block_evaluations(at_preset)
+        share = evaluations / block_evaluations(at_preset)
     run = ("CFG+DG replay" if cfg else "DG replay") if dg is not None else ("CFG" if cfg else "plain")
     return share * row.count * row.seed_blocks * row.steps * measured.milliseconds[run] / 1000 / 3600
 

@@ -6,91 +6,24 @@ does not state is listed in `Row.assumed`, and what cannot be assumed, in `Row.l
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
 
 from dgbook.claims import paper
-from dgbook.paper_scale.generate.job import canonical
+from dgbook.paper_scale.row import NAMES, Row, depth_label, detail_guidance, disruption
+from dgkit.checks import one_of
 from dgkit.errors import DgkitError
 from dgkit.paths import DATA
-from dgkit.zoo import MODELS, Preset
-
-NAMES = {"SD3": "sd3", "SD3.5": "sd3.5-large", "Flux": "flux-dev"}
-"""The models of Tables 1 to 5 by their names there."""
-
-SMALL = {"sd3": "tiny-sd3", "sd3.5-large": "tiny-sd3", "flux-dev": "tiny-flux", "dit-xl-2": "tiny-dit"}
-"""The embedded model that stands in for a large one when the whole path is tried in small."""
+from dgkit.zoo import MODELS
 
 UNNAMED = {"flux-dev": "flux-dev-de-distill"}
 """Models in whose place the paper used a checkpoint that it does not name, and the zoo's that may take its place."""
 
-SMALL_COUNT, SMALL_STEPS = 24, 8
-SMALL_SET, SMALL_SET_STEPS = 70, 4  # more images than the judge has features
-
 SCORES = ("clipscore", "blipscore", "hpsv2.1", "aesthetic")
-SMALL_SCORES = ("judge-agreement", "sharpness", "high-frequency-energy", "structure-similarity")
-SMALL_SET_SCORES = ("judge-frechet", "judge-is", "judge-precision", "judge-recall")
-"""What stands in for the paper's scores on images of 28 or 32 pixels, which its networks were not made for."""
-
 SEED_BLOCKS = 3  # of scores of whole sets, which have no interval of their own
 STYLES = {"anime": "anime", "concept": "concept-art", "painting": "paintings", "photo": "photo"}
 """Table 2's columns and the styles of the HPSv2 benchmark."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row of one table.
-
-    Attributes:
-        table: "table1", ...
-        label: the row as the table names it.
-        model: a name of the zoo.
-        prompts: a set of `dgbook.paper_scale.prompts`.
-        count, steps: images and sampling steps.
-        guidance_scale: s of u + s (c - u); 1 for none.
-        methods: guidance methods by name, with their parameters, as in `dgbook.paper_scale.generate.job.Job`.
-        paper: the scores as printed, by the name of the metric; "hpsv2.1/anime" for one style. With `wins`, the
-            printed probabilities of winning against `baseline`.
-        rounding: by the same names, half a unit of the last digit that is printed.
-        scores: what is to be measured: names of metrics, those in `paper` among them.
-        baseline: label of the row that this one is compared with, image by image; "" for none.
-        wins: whether it is compared by the probability to score higher, ties counted half; else by the difference.
-        claims: where nothing is printed, what the paper says of the comparison in words: 1 for higher than the
-            baseline, -1 for lower; with `wins` also 0 for comparable.
-        disruption: arguments of `dgkit.disrupt`; none if empty.
-        seed_blocks: how many sets of `count` images, each of a seed of its own.
-        conditional: False for unconditional sampling (the null class).
-        assumed: what the paper does not state and is assumed here.
-        lacking: what the paper does not state and nothing can be assumed for: "dims" or "scale".
-    """
-
-    table: str
-    label: str
-    model: str
-    prompts: str
-    count: int
-    steps: int
-    guidance_scale: float
-    methods: Mapping[str, Mapping[str, Any]]
-    paper: Mapping[str, float]
-    scores: tuple[str, ...]
-    rounding: Mapping[str, float] = field(default_factory=dict)
-    baseline: str = ""
-    wins: bool = False
-    claims: Mapping[str, int] = field(default_factory=dict)
-    disruption: Mapping[str, Any] = field(default_factory=dict)
-    seed_blocks: int = 1
-    conditional: bool = True
-    assumed: tuple[str, ...] = ()
-    lacking: tuple[str, ...] = field(default=())
-
-    @property
-    def sampled(self) -> str:
-        """Everything that decides its images, as text: rows that have it in common are sampled once."""
-        names = ("model", "prompts", "count", "steps", "guidance_scale", "methods", "disruption", "seed_blocks")
-        return canonical({name: getattr(self, name) for name in (*names, "conditional")})
 
 
 def rows(table: str, model: str | None = None) -> list[Row]:
@@ -103,9 +36,7 @@ def rows(table: str, model: str | None = None) -> list[Row]:
     Raises:
         DgkitError: unknown table, or the table has no row of `model`.
     """
-    if table not in TABLES:
-        raise DgkitError(f"table={table!r} is not allowed: use one of {', '.join(TABLES)}")
-    found = TABLES[table]()
+    found = TABLES[one_of("table", table, TABLES)]()
     if model is None:
         return found
     kept = [row for row in found if row.model == model]
@@ -113,71 +44,6 @@ def rows(table: str, model: str | None = None) -> list[Row]:
         known = ", ".join(dict.fromkeys(row.model for row in found))
         raise DgkitError(f"model={model!r} is not in {table}: it has {known}")
     return kept
-
-
-def small(row: Row) -> Row:
-    """The same row on an embedded model and its own conditions, a few images of it; without the paper's scores.
-
-    Fig. 8's depths move to the same part of the small model's, where some coincide; its w and lambda stay.
-    """
-    big, tiny = MODELS[row.model], MODELS[SMALL[row.model]]
-    preset = tiny.preset
-    methods: dict[str, dict[str, Any]] = {}
-    label = row.label
-    for name, parameters in row.methods.items():
-        if name != "dg":
-            methods[name] = {"scale": preset.guidance_scale} if "scale" in parameters else {}
-            continue
-        methods[name] = _dg(preset, row.guidance_scale)
-        if row.label == _depth_label(parameters["block"]):
-            block = parameters["block"] * tiny.blocks // big.blocks
-            methods[name]["block"], label = block, _depth_label(block)
-        if (w := parameters.get("scale")) != _dg(big.preset, row.guidance_scale).get("scale"):
-            methods[name]["scale"] = w
-
-    def renamed(text: str) -> str:
-        printed, _, rest = text.partition(" ")
-        return f"{SMALL[row.model]} {rest}" if printed in NAMES else text
-
-    sets = row.seed_blocks > 1
-    s = preset.guidance_scale if row.table != "fig8" else row.guidance_scale  # where it is what is varied
-    return replace(
-        row,
-        label=renamed(label),
-        baseline=renamed(row.baseline),
-        model=SMALL[row.model],
-        prompts=tiny.data,
-        count=SMALL_SET if sets else SMALL_COUNT,
-        steps=SMALL_SET_STEPS if sets else SMALL_STEPS,
-        guidance_scale=s if row.guidance_scale > 1 else 1.0,
-        methods=methods,
-        disruption=_disruption(preset, row.disruption["kind"]) if row.disruption else {},
-        paper={},
-        rounding={},
-        scores=SMALL_SET_SCORES if sets else SMALL_SCORES,
-        claims={},
-        assumed=(),
-        lacking=(),
-    )
-
-
-def filled(row: Row, **values: Any) -> Row:
-    """The row with Detail Guidance's `dims` or `scale` set where the paper is silent.
-
-    Raises:
-        DgkitError: something is still lacking.
-    """
-    given = {key: value for key, value in values.items() if value is not None}
-    lacking = tuple(name for name in row.lacking if name not in given)
-    if lacking:
-        raise DgkitError(
-            f"{row.table}, {row.label}: the paper does not state {' and '.join(lacking)} for {row.model}: give "
-            f"{' and '.join('--' + name for name in lacking)}"
-        )
-    if "dg" not in row.methods:
-        return row
-    own = {key: value for key, value in given.items() if key in row.lacking}
-    return replace(row, methods=dict(row.methods) | {"dg": dict(row.methods["dg"]) | own}, lacking=())
 
 
 def options(table: str, model: str) -> str:
@@ -190,37 +56,6 @@ def options(table: str, model: str) -> str:
     given = {"weights": UNNAMED[model]} if model in UNNAMED else {}
     given |= {name: value for name, value in (("dims", "DIM"), ("scale", "W")) if name in lacking}
     return "".join(f" --{name} {value}" for name, value in given.items())
-
-
-def evaluations(blocks: int, cfg: bool, block: int | None = None) -> int:
-    """Evaluations of one transformer block in one step of one image.
-
-    DG computes the blocks up to the edited one once for both passes.
-
-    Args:
-        blocks: of the model.
-        cfg: whether there is an unconditional pass.
-        block: that DG edits, zero-based; None without DG.
-    """
-    return blocks * (2 if cfg else 1) + (0 if block is None else blocks - (block + 1))
-
-
-def block_evaluations(row: Row) -> int:
-    """What a row costs: `evaluations` of all its images."""
-    of_step = evaluations(MODELS[row.model].blocks, row.guidance_scale > 1, row.methods.get("dg", {}).get("block"))
-    return row.count * row.seed_blocks * row.steps * of_step
-
-
-def _dg(preset: Preset, guidance_scale: float) -> dict[str, Any]:
-    """Detail Guidance's parameters by Tables 4 and 5, without what they do not state."""
-    scale = preset.scale if guidance_scale == 1 else preset.scale_with_cfg
-    stated = {"block": preset.block, "dims": preset.dims and list(preset.dims), "scale": scale}
-    return {name: value for name, value in stated.items() if value is not None}
-
-
-def _disruption(preset: Preset, kind: str) -> dict[str, Any]:
-    """Arguments of `dgkit.disrupt` by Table 4."""
-    return {"block": preset.block, "dims": list(preset.dims or ()), "kind": kind}
 
 
 def printed_rounding(number: int) -> pd.DataFrame:
@@ -259,7 +94,7 @@ def _scored(number: int) -> list[Row]:
                 count=500,
                 steps=preset.steps,
                 guidance_scale=scale,
-                methods={"dg": _dg(preset, scale)} if dg else {},
+                methods={"dg": detail_guidance(preset, scale)} if dg else {},
                 paper={score: float(line[score]) for score in SCORES},
                 rounding={score: float(rounding[score][index]) for score in SCORES},
                 scores=SCORES,
@@ -279,8 +114,8 @@ def _table_2() -> list[Row]:
         "APG": (preset.guidance_scale, {"apg": {"scale": preset.guidance_scale}}, (ours,)),
         "CFG++": (preset.guidance_scale, {"cfg++": {}}, (ours,)),
         "CFG-Zero": (preset.guidance_scale, {"cfg-zero*": {"scale": preset.guidance_scale}}, (ours,)),
-        "DG": (1.0, {"dg": _dg(preset, 1.0)}, ()),
-        "CFG+DG": (_with_cfg("SD3"), {"dg": _dg(preset, 2.0)}, ()),
+        "DG": (1.0, {"dg": detail_guidance(preset, 1.0)}, ()),
+        "CFG+DG": (_with_cfg("SD3"), {"dg": detail_guidance(preset, 2.0)}, ()),
     }
     columns = {f"hpsv2.1/{style}": column for column, style in STYLES.items()}
     columns |= {"hpsv2.1": "average", "aesthetic": "aesthetic"}
@@ -313,7 +148,7 @@ def _table_6() -> list[Row]:
     preset, scores = MODELS["dit-xl-2"].preset, ("fid", "is", "precision", "recall")
     made, rounding = [], printed_rounding(6)
     for index, line in enumerate(paper.table(6).to_dict("records")):
-        dg, parameters = line["dg"] == "yes", _dg(preset, 1.0)
+        dg, parameters = line["dg"] == "yes", detail_guidance(preset, 1.0)
         made.append(
             Row(
                 table="table6",
@@ -376,7 +211,7 @@ def _figure_5b() -> list[Row]:
                     baseline=original if kind else "",
                     wins=bool(kind),
                     claims=claims,
-                    disruption=_disruption(preset, kind) if kind else {},
+                    disruption=disruption(preset, kind) if kind else {},
                     assumed=assumed,
                 )
             )
@@ -389,19 +224,15 @@ FIG_8_W = (0.5, 1.0, 2.0, 3.0, 4.0)
 FIG_8_LAMBDA = (1.0, 2.0, 3.0, 5.0, 7.0)
 
 
-def _depth_label(block: int) -> str:
-    return f"DG, m = {block + 1}"
-
-
 def _figure_8() -> list[Row]:
     """Depth m, w without CFG, lambda beside CFG, each with the others as in Tables 4 and 5, on SD3."""
     preset = MODELS["sd3"].preset
-    alone, beside = _dg(preset, 1.0), _dg(preset, 2.0)
+    alone, beside = detail_guidance(preset, 1.0), detail_guidance(preset, 2.0)
     higher = {"clipscore": 1, "aesthetic": 1}
     settings: dict[str, tuple[float, dict[str, Any], str, dict[str, int]]] = {"Cond": (1.0, {}, "", {})}
     for block in FIG_8_BLOCKS:
         best = 4 <= block + 1 <= 10  # section 5.3
-        settings[_depth_label(block)] = (1.0, {"dg": alone | {"block": block}}, "Cond", higher if best else {})
+        settings[depth_label(block)] = (1.0, {"dg": alone | {"block": block}}, "Cond", higher if best else {})
     for w in FIG_8_W:
         settings[f"DG, w = {w:g}"] = (1.0, {"dg": alone | {"scale": w}}, "Cond", higher)
     for value in FIG_8_LAMBDA:

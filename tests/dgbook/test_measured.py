@@ -25,6 +25,7 @@ from dgbook.pages.text import ZOO, on_models
 from dgbook.pages.verdicts import Evidence
 from dgbook.paper_scale import protocol, reproduce
 from dgbook.paper_scale.generate.job import Job
+from dgbook.paper_scale.row import NAMES
 from dgkit.errors import DgkitError
 from dgkit.paths import CHECKOUT
 
@@ -231,7 +232,7 @@ def test_costs_are_those_of_table_4() -> None:
     for line in paper.table(4).to_dict("records"):
         n, m = line["blocks"], line["depth"]
         ratios = [(2 * n - m) / (2 * n), (3 * n - m) / (3 * n), (3 * n - m) / (2 * n)]
-        cells = shown[protocol.NAMES[line["model"]]]
+        cells = shown[NAMES[line["model"]]]
         assert cells[:2] == [str(n), str(m)]
         assert np.allclose([float(cell) for cell in cells[2:]], ratios, atol=0.00501)
     assert shown["dit-xl-2"][:2] == ["28", "7"]  # appendix H

@@ -15,6 +15,7 @@ from benchmarks.models import Size, subject
 from benchmarks.runs import guided, plain
 from dgbook import cli
 from dgbook.paper_scale import plan, protocol
+from dgbook.paper_scale.row import Row, block_evaluations
 from dgbook.paper_scale.scores.weights import WEIGHTS
 from dgkit import loading, memory, zoo
 from dgkit.errors import DgkitError
@@ -78,7 +79,7 @@ def test_work_of_a_guided_step_is_that_of_its_block_evaluations(name: str, guida
         guidance_scale=4.0 if "CFG" in guidance else 1.0, methods=dg,
     )  # fmt: skip
     reduced = replace(row, channels=128, tokens=16**2 + size.text)
-    evaluations = protocol.block_evaluations(one)
+    evaluations = block_evaluations(one)
     assert evaluations * plan.block_flops(reduced) == pytest.approx(counter.get_total_flops(), rel=0.03)
 
 
@@ -104,14 +105,14 @@ def test_what_is_left_out_is_as_small_as_it_says() -> None:
 # ---------------------------------------------------------------------------------------------------------------- hours
 
 
-def row(table: str, label: str) -> protocol.Row:
+def row(table: str, label: str) -> Row:
     return next(found for found in protocol.rows(table) if found.label == label)
 
 
 def test_hours_from_flops_by_hand() -> None:
     """SD3.5-Large, CFG + DG: 38 blocks twice, and 18 after block 19; 31.1 TFLOP per pass of 38 blocks."""
     found = row("table1", "SD3.5 CFG + DG")
-    assert protocol.block_evaluations(found) == 500 * 28 * (38 + 38 + 18)
+    assert block_evaluations(found) == 500 * 28 * (38 + 38 + 18)
     seconds = 500 * 28 * (94 / 38) * 31.14e12 / (0.4 * 989e12)
     assert plan.gpu_hours(found, None) == pytest.approx(seconds / 3600, rel=1e-3)
 

@@ -5,11 +5,12 @@ import pytest
 from dgbook.paper_scale import protocol
 from dgbook.paper_scale.generate.job import Job
 from dgbook.paper_scale.prompts import SETS
+from dgbook.paper_scale.row import Row, block_evaluations, filled, in_small
 from dgbook.paper_scale.scores import METRICS
 from dgkit.errors import DgkitError
 
 
-def row(table: str, label: str) -> protocol.Row:
+def row(table: str, label: str) -> Row:
     return next(found for found in protocol.rows(table) if found.label == label)
 
 
@@ -39,13 +40,13 @@ def test_every_row_is_a_job_and_every_score_a_metric() -> None:
         for found in protocol.rows(table):
             assert {name.partition("/")[0] for name in found.paper} <= METRICS.keys()
             assert found.prompts in SETS and found.count <= 50_000
-            whole = protocol.filled(found, dims=[3], scale=1.0)
+            whole = filled(found, dims=[3], scale=1.0)
             Job(
                 model=whole.model, conditions=("a",), count=whole.count, steps=whole.steps,
                 guidance_scale=whole.guidance_scale, methods=whole.methods, disruption=whole.disruption,
             )  # fmt: skip
             assert found.paper.keys() <= set(found.scores) and found.claims.keys() <= set(found.scores)
-            little = protocol.small(found)
+            little = in_small(found)
             assert little.paper == {} and little.lacking == () and little.prompts in ("dungeon-tiles", "fashion-mnist")
             assert little.methods.keys() == found.methods.keys() and bool(little.disruption) == bool(found.disruption)
 
@@ -54,7 +55,7 @@ def test_every_row_is_a_job_and_every_score_a_metric() -> None:
 def test_a_row_and_its_baseline_differ_in_one_thing_only(shrink: bool) -> None:
     """So that pairs of images have the same prompt and noise."""
     for table in protocol.TABLES:
-        found = [protocol.small(each) if shrink else each for each in protocol.rows(table)]
+        found = [in_small(each) if shrink else each for each in protocol.rows(table)]
         by_label = {each.label: each for each in found}
         for each in found:
             if each.baseline:
@@ -74,7 +75,7 @@ def test_rounding_is_that_of_the_digits_in_the_paper() -> None:
                 assert found.rounding == {
                     score: 0.05 if (found.label, score) in one else 0.005 for score in found.paper
                 }
-            assert protocol.small(found).rounding == {}
+            assert in_small(found).rounding == {}
             assert found.wins or 0 not in found.claims.values()  # only win probabilities can be comparable
     halves = [protocol.half_unit(text) for text in ("28.70", "29.9", "-5", "0.462")]
     assert halves == pytest.approx([0.005, 0.05, 0.5, 0.0005])
@@ -117,7 +118,7 @@ def test_figure_5b_is_as_in_section_4_2() -> None:
     assert disrupted.claims == {"clipscore": 0, "blipscore": 0, "hpsv2.1": -1, "aesthetic": -1}
     control = row("fig5b", "Flux non-MAs disrupted")
     assert control.disruption == {"block": 21, "dims": [154, 1446], "kind": "random"} and control.paper == {}
-    little = protocol.small(disrupted)
+    little = in_small(disrupted)
     assert (little.label, little.baseline) == ("tiny-sd3 MAs disrupted", "tiny-sd3 original")
     assert little.disruption == {"block": 4, "dims": [8], "kind": "zero"} and little.wins
 
@@ -137,25 +138,25 @@ def test_figure_8_varies_one_thing_at_a_time() -> None:
     claimed = [each.methods["dg"]["block"] + 1 for each in alone if "m =" in each.label and each.claims]
     assert claimed == [4, 6, 8, 10]
     assert row("fig8", "CFG + DG, lambda = 3").methods == row("table1", "SD3 CFG + DG").methods
-    little = [protocol.small(each) for each in alone]
+    little = [in_small(each) for each in alone]
     assert [e.methods["dg"]["block"] for e in little if "m =" in e.label] == [0, 1, 1, 2, 3, 3, 4, 5, 5, 6, 7, 7]
     assert all(f"m = {e.methods['dg']['block'] + 1}" in e.label for e in little if "m =" in e.label)
     assert [e.methods["dg"]["scale"] for e in little if "w =" in e.label] == [0.5, 1.0, 2.0, 3.0, 4.0]
 
 
 def test_small_rows_have_the_small_models_own_scale() -> None:
-    assert protocol.small(row("table2", "APG")).methods == {"apg": {"scale": 3.0}}
-    assert protocol.small(row("table2", "CFG++")).methods == {"cfg++": {}}
-    little = protocol.small(row("table6", "Cond + DG"))
+    assert in_small(row("table2", "APG")).methods == {"apg": {"scale": 3.0}}
+    assert in_small(row("table2", "CFG++")).methods == {"cfg++": {}}
+    little = in_small(row("table6", "Cond + DG"))
     assert little.methods == {"dg": {"block": 2, "dims": [7, 83], "scale": 0.1}} and little.seed_blocks == 3
 
 
 def test_costs_are_those_of_the_engine() -> None:
     """SD3 has 24 blocks; DG at block 5 computes the 18 after it once more; CFG doubles the ordinary pass."""
-    assert protocol.block_evaluations(row("table1", "SD3 Cond")) == 500 * 28 * 24
-    assert protocol.block_evaluations(row("table1", "SD3 CFG + DG")) == 500 * 28 * (2 * 24 + 18)
-    assert protocol.block_evaluations(row("table6", "Cond")) == 3 * 50_000 * 250 * 28
-    assert protocol.block_evaluations(row("fig5b", "SD3 MAs disrupted")) == 500 * 28 * 2 * 24
+    assert block_evaluations(row("table1", "SD3 Cond")) == 500 * 28 * 24
+    assert block_evaluations(row("table1", "SD3 CFG + DG")) == 500 * 28 * (2 * 24 + 18)
+    assert block_evaluations(row("table6", "Cond")) == 3 * 50_000 * 250 * 28
+    assert block_evaluations(row("fig5b", "SD3 MAs disrupted")) == 500 * 28 * 2 * 24
 
 
 def test_the_numbers_of_rows_are_the_papers() -> None:
@@ -171,12 +172,12 @@ def test_what_the_paper_does_not_state_has_to_be_given() -> None:
     guided = row("table6", "Uncond + DG")
     assert guided.lacking == ("dims", "scale") and not guided.conditional
     with pytest.raises(DgkitError, match="does not state dims and scale for dit-xl-2: give --dims and --scale"):
-        protocol.filled(guided)
+        filled(guided)
     with pytest.raises(DgkitError, match="does not state scale"):
-        protocol.filled(guided, dims=[4])
-    assert protocol.filled(guided, dims=[4], scale=0.5).methods == {"dg": {"block": 6, "dims": [4], "scale": 0.5}}
+        filled(guided, dims=[4])
+    assert filled(guided, dims=[4], scale=0.5).methods == {"dg": {"block": 6, "dims": [4], "scale": 0.5}}
     stated = row("table1", "SD3 Cond + DG")
-    assert protocol.filled(stated, dims=[4], scale=0.5) == stated  # what the paper states is not changed by these
+    assert filled(stated, dims=[4], scale=0.5) == stated  # what the paper states is not changed by these
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,12 @@ from scipy.stats import ttest_1samp
 from dgbook import cli, paths
 from dgbook.measures.base import MetricId
 from dgbook.measures.stats import Interval
-from dgbook.paper_scale import generate, protocol, reproduce, scores
+from dgbook.paper_scale import generate, prompts, protocol, reproduce, scores, scoring
+from dgbook.paper_scale.comparing import comparison, level, over_blocks, verdict
 from dgbook.paper_scale.generate.store import Store, load_images
 from dgbook.paper_scale.prompts import Prompt
-from dgbook.paper_scale.reproduce import OthersAtWork, job_of, over_blocks, verdict, wanted
+from dgbook.paper_scale.reproduce import OthersAtWork, job_of, wanted
+from dgbook.paper_scale.row import SMALL_SET_SCORES, block_evaluations, filled, in_small
 from dgbook.paper_scale.scores.sets import Features, Reference
 from dgbook.paper_scale.scores.weights import MetricUnavailable
 from dgkit.errors import DgkitError
@@ -89,11 +91,11 @@ def fakes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(scores, "scorer", scorer)
     styles = ("anime", "photo")
     known = [Prompt(i, f"prompt {i}", styles[i % 2], None) for i in range(COUNT)]
-    monkeypatch.setattr(reproduce.prompts, "load", lambda name: known)
+    monkeypatch.setattr(prompts, "load", lambda name: known)
     rng = np.random.default_rng(0)
     pool = rng.normal(100, 30, (50, 2)).astype(np.float32)
     monkeypatch.setattr(
-        reproduce, "imagenet_reference", lambda inception: Reference("real", pool.mean(0), np.cov(pool.T), pool)
+        scoring, "imagenet_reference", lambda inception: Reference("real", pool.mean(0), np.cov(pool.T), pool)
     )
     yield
 
@@ -156,7 +158,7 @@ def test_table_6_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert 1 < measured["Uncond.judge-is"]["value"] < measured["Cond.judge-is"]["value"] < 10
     assert all(0 <= measured[f"Cond.judge-{share}"]["value"] <= 1 for share in ("precision", "recall"))
     assert {key.rpartition(".")[0] for key in measured if key.endswith("change")} == {
-        f"{row} + DG.{score}" for row in ("Cond", "Uncond") for score in protocol.SMALL_SET_SCORES
+        f"{row} + DG.{score}" for row in ("Cond", "Uncond") for score in SMALL_SET_SCORES
     }
 
 
@@ -213,7 +215,7 @@ def test_the_result_file(fakes: None, tmp_path: Path) -> None:
     assert provenance["weights_sha256"] == "abc" and provenance["seed"] == [0]
     assert provenance["metrics"]["clipscore"] == str(FakeScore("clipscore", 0).id)
     assert {"commit", "versions", "wall_seconds", "jobs"} <= provenance.keys()
-    job = job_of(protocol.filled(protocol.rows("table1", "sd3")[1]), 0)
+    job = job_of(filled(protocol.rows("table1", "sd3")[1]), 0)
     assert len(provenance["jobs"]["SD3 Cond + DG"][0]) == len(job.sha256)
 
 
@@ -286,7 +288,7 @@ def test_table_6_has_seed_blocks_and_names_that_fit_the_size(fakes: None, tmp_pa
 
 def test_fifty_thousand_images_are_the_papers_protocol() -> None:
     row = protocol.rows("table6")[2]
-    line = reproduce._level(row, "fid", reproduce.Measured("FID-50K", np.array([9.5, 9.6, 9.4]), "id"), 50_000)
+    line = level(row, "fid", scoring.Measured("FID-50K", np.array([9.5, 9.6, 9.4]), "id"), 50_000)
     assert row.count == 50_000 and line.verdict == "within our interval" and line.difference == pytest.approx(-0.02)
 
 
@@ -303,8 +305,8 @@ def test_fifty_thousand_images_are_the_papers_protocol() -> None:
 def test_levels_with_the_papers_number_of_images(label: str, ours: float, verdict: str) -> None:
     row = next(row for row in protocol.rows("table1") if row.label == label)
     values = np.tile([ours - 1e-4, ours + 1e-4], 250)
-    line = reproduce._level(row, "hpsv2.1", reproduce.Measured("HPSv2.1", values, "id"), 500)
-    assert line.verdict == verdict and line.difference == pytest.approx(ours - line.paper)
+    line = level(row, "hpsv2.1", scoring.Measured("HPSv2.1", values, "id"), 500)
+    assert line.paper and line.verdict == verdict and line.difference == pytest.approx(ours - line.paper)
 
 
 @pytest.mark.parametrize(("change", "word"), [(0.03, "higher"), (-0.03, "lower"), (0.0, "no difference seen")])
@@ -313,10 +315,10 @@ def test_a_difference_within_rounding_claims_nothing(change: float, word: str) -
     rows = {row.label: row for row in protocol.rows("table1")}
     values = np.tile([27.0, 28.0], 250)
     mine = values + change + np.tile([-1e-3, -1e-3, 1e-3, 1e-3], 125)
-    pair = [reproduce.Measured("CLIPScore", v, "id") for v in (mine, values)]
-    line = reproduce._comparison(rows["SD3.5 CFG + DG"], rows["SD3.5 CFG"], "clipscore", *pair)
+    pair = [scoring.Measured("CLIPScore", v, "id") for v in (mine, values)]
+    line = comparison(rows["SD3.5 CFG + DG"], rows["SD3.5 CFG"], "clipscore", *pair)
     assert line.paper == 0.01 and line.verdict == word
-    beyond = reproduce._comparison(rows["SD3.5 CFG + DG"], rows["SD3.5 CFG"], "hpsv2.1", *pair)
+    beyond = comparison(rows["SD3.5 CFG + DG"], rows["SD3.5 CFG"], "hpsv2.1", *pair)
     assert beyond.paper == 0.8 and beyond.verdict == {"higher": "reproduced", "lower": "not reproduced"}.get(
         word, "undecided"
     )
@@ -326,7 +328,7 @@ def test_without_reference_images_only_is_is_left(fakes: None, tmp_path: Path, m
     def absent(inception: Any) -> Any:
         raise MetricUnavailable("the reference (2 GB) is not on this machine")
 
-    monkeypatch.setattr(reproduce, "imagenet_reference", absent)
+    monkeypatch.setattr(scoring, "imagenet_reference", absent)
     monkeypatch.setattr("dgbook.paper_scale.scores.sets.SPLIT", 10)
     found = reproduce.reproduce("table6", "dit-xl-2", output=tmp_path, count=20, **GIVEN)
     lines = {line.quantity: line for line in found.lines if line.row == "Cond"}
@@ -341,10 +343,10 @@ def test_without_reference_images_only_is_is_left(fakes: None, tmp_path: Path, m
 def test_too_few_small_images_say_so(count: int, reasons: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The judge has 64 features, and neighbours need more than 3 images."""
     noise = np.random.default_rng(0).integers(0, 256, (count, 28, 28, 3), dtype=np.uint8)
-    monkeypatch.setattr(reproduce, "Store", lambda folder: SimpleNamespace(job=None))
-    monkeypatch.setattr(reproduce, "load_images", lambda folder: noise)
-    row = replace(protocol.small(protocol.rows("table6")[2]), count=count)
-    found = reproduce._judge_scores(row.scores, [row], {row.label: [Path("a"), Path("b")]})
+    monkeypatch.setattr(scoring, "Store", lambda folder: SimpleNamespace(job=None))
+    monkeypatch.setattr(scoring, "load_images", lambda folder: noise)
+    row = replace(in_small(protocol.rows("table6")[2]), count=count)
+    found = scoring._judge_scores(row.scores, [row], {row.label: [Path("a"), Path("b")]})
     assert {score for (_, score), one in found.items() if one.values is None} == {f"judge-{name}" for name in reasons}
     assert all(one.reason if one.values is None else one.values.shape == (2,) for one in found.values())
     frechet = found[row.label, "judge-frechet"]
@@ -512,7 +514,7 @@ def test_jobs_are_those_of_the_rows(fakes: None) -> None:
     assert job_of(row, 0, "some/model").model == "some/model"
     unconditional = protocol.rows("table6")[0]
     assert job_of(unconditional, 0).conditions == (1000,)
-    assert job_of(protocol.small(protocol.rows("table6")[2]), 0).conditions == tuple(range(10))
+    assert job_of(in_small(protocol.rows("table6")[2]), 0).conditions == tuple(range(10))
 
 
 @pytest.mark.parametrize(
@@ -598,7 +600,7 @@ def test_images_that_rows_share_are_counted_once(fakes: None, tmp_path: Path) ->
     record = json.loads(reproduce.reproduce("fig8", "sd3", output=tmp_path, count=4).path.read_text())
     jobs = {job_of(row, 0).name: row for row in (replace(row, count=4) for row in protocol.rows("fig8"))}
     assert jobs.keys() == {path.name for path in (tmp_path / "images").iterdir()} and len(jobs) == 27
-    assert record["provenance"]["block_evaluations"] == sum(map(protocol.block_evaluations, jobs.values()))
+    assert record["provenance"]["block_evaluations"] == sum(map(block_evaluations, jobs.values()))
     shards = [entry for name in jobs for entry in Store(tmp_path / "images" / name).provenance()]
     assert record["provenance"]["generation_seconds"] == round(sum(shard["seconds"] for shard in shards), 1)
 

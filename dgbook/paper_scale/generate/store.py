@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from dgbook.files import replacing
+from dgbook.files import replacing, write_whole
 from dgbook.paper_scale.generate.job import Job, canonical
 from dgkit.errors import DataError, DgkitError
 
@@ -66,7 +66,7 @@ class Store:
         """
         manifest = Path(folder) / "manifest.json"
         if not manifest.exists():
-            _write(manifest, json.dumps(job.to_dict(), indent=1, ensure_ascii=False))
+            write_whole(manifest, json.dumps(job.to_dict(), indent=1, ensure_ascii=False))
         store = cls(folder)
         if found := job.differences(store.job):
             raise DgkitError(f"{folder} belongs to another job: {'; '.join(found)}. Give another folder")
@@ -81,7 +81,7 @@ class Store:
         mine = json.loads(json.dumps(dict(identity)))
         path = self.folder / "model.json"
         if not path.exists():
-            _write(path, json.dumps(mine, indent=1))
+            write_whole(path, json.dumps(mine, indent=1))
         there = json.loads(path.read_text())
         parts = [name for name in sorted({*mine, *there}) if canonical(mine.get(name)) != canonical(there.get(name))]
         if parts:
@@ -144,7 +144,7 @@ class Store:
         """Keep why images of a block could not be made, in place of what was kept before; nothing if none failed."""
         path = self.folder / "failures" / f"{block:06d}.json"
         if reasons:
-            _write(path, json.dumps({str(i): reason for i, reason in sorted(reasons.items())}, indent=1))
+            write_whole(path, json.dumps({str(i): reason for i, reason in sorted(reasons.items())}, indent=1))
         else:
             path.unlink(missing_ok=True)
 
@@ -238,8 +238,3 @@ def _checksum(arrays: Mapping[str, NDArray[Any]], provenance: str) -> str:
         digest.update(f"{array.dtype} {array.shape}\n".encode())
         digest.update(np.ascontiguousarray(array).data)
     return digest.hexdigest()
-
-
-def _write(path: Path, text: str) -> None:
-    with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")

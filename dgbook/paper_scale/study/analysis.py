@@ -27,7 +27,7 @@ import pandas as pd
 from numpy.typing import ArrayLike
 from scipy import stats
 
-from dgbook.files import replacing
+from dgbook.files import write_whole
 from dgbook.measures.stats import LEVEL, Interval, wilson
 from dgbook.paper_scale.study.page import QUESTIONS, Key
 from dgkit.errors import DgkitError
@@ -220,8 +220,7 @@ def write_json(outcome: Outcome, path: Path) -> Path:
     Raises:
         DgkitError: it cannot be written.
     """
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(outcome.as_dict(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(outcome.as_dict(), indent=1, ensure_ascii=False) + "\n")
     return path
 
 

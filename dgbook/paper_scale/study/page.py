@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from dgbook.files import replacing
+from dgbook.files import replacing, write_whole
 from dgbook.paper_scale.generate.store import Store, images
 from dgkit import checks
 from dgkit.errors import DgkitError
@@ -148,8 +148,7 @@ def make(a: Path, b: Path, output: Path, seed: int = 0) -> Key:
     there = key_path(output)
     if there.exists() and Key.read(there).study != key.study:
         raise DgkitError(f"{there} is the key of another study, whose answers need it: give another output")
-    with replacing(there) as partial:
-        partial.write_text(json.dumps(asdict(key), indent=1, ensure_ascii=False), encoding="utf-8")
+    write_whole(there, json.dumps(asdict(key), indent=1, ensure_ascii=False))
     with replacing(output) as partial, partial.open("wb") as file:
         file.writelines(_html(study, blocks))
     return key
