@@ -20,6 +20,8 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntr
 from dgbook.files import write_whole
 from dgkit.errors import DataError
 
+pooch.get_logger().setLevel("WARNING")  # it would tell programmers what to do with each hash
+
 
 class NotHere(DataError):
     """The file is not on this machine and cannot be downloaded; the message says how to bring it here."""
