@@ -35,8 +35,8 @@ NOTEBOOKS = {
 }
 """Short names and files, in the book's order."""
 
+# with reference.toml; an installed wheel has them beside its data
 FOLDER = (CHECKOUT or DATA) / "notebooks"
-"""The notebooks and `reference.toml`; an installed wheel has them beside its data."""
 
 
 def execute(name: str, parameters: dict[str, Any], output: Path | None = None, progress: bool = True) -> Path:
