@@ -115,9 +115,9 @@ def greys(label: str, table: str = "table1", count: int = COUNT, seed: int = 0) 
 
 
 def test_table_1_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["reproduce", "table1", "--small", "--count", "12", "--output", str(tmp_path)]) == 0
+    assert cli.main(["reproduce", "table1", "--small", "--count", "6", "--output", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    record = json.loads((tmp_path / "tiny-sd3" / "table1-12.json").read_text())
+    record = json.loads((tmp_path / "tiny-sd3" / "table1-6.json").read_text())
     measured, provenance = record["values"], record["provenance"]
     assert "tiny-sd3 stands in for sd3" in printed and "not available" not in printed and "FID" not in printed
     header = next(line for line in printed.splitlines() if line.startswith("row"))
@@ -141,24 +141,24 @@ def test_table_1_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "tiny-sd3 Cond.structure-similarity" not in measured
     assert provenance["weights_sha256"] and provenance["device"] and provenance["generation_seconds"] > 0
     assert provenance["metrics"]["judge-agreement"].startswith("judge-agreement|tile-matcher@")
-    assert provenance["block_evaluations"] == 12 * 8 * (8 + 8 + 3 + 16 + 16 + 3)
+    assert provenance["block_evaluations"] == 6 * 8 * (8 + 8 + 3 + 16 + 16 + 3)
 
 
 def test_table_6_in_small(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The command itself, with as many images as it takes by default."""
-    assert cli.main(["reproduce", "table6", "--small", "--output", str(tmp_path)]) == 0
+    """With fewer images than the judge has features."""
+    assert cli.main(["reproduce", "table6", "--small", "--count", "20", "--output", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    record = json.loads((tmp_path / "tiny-dit" / "table6.json").read_text())
+    record = json.loads((tmp_path / "tiny-dit" / "table6-20.json").read_text())
     measured = record["values"]
-    assert "tiny-dit stands in for dit-xl-2" in printed and "not available" not in printed and "FID" not in printed
-    assert record["parameters"]["seeds"] == [0, 1, 2] and record["parameters"]["count"] == 70
+    assert "tiny-dit stands in for dit-xl-2" in printed and "FID" not in printed
+    assert printed.count("not available: 20 images are too few for a Frechet distance on 64 features") == 4
+    assert record["parameters"]["seeds"] == [0, 1, 2] and record["parameters"]["count"] == 20
     assert len(list((tmp_path / "images").iterdir())) == 4 * 3
-    # a trained conditional model is nearer to its data, and shows more kinds of it, than its null class
-    assert measured["Cond.judge-frechet"]["value"] < measured["Uncond.judge-frechet"]["value"]
+    # a trained conditional model shows more kinds of its data than its null class
     assert 1 < measured["Uncond.judge-is"]["value"] < measured["Cond.judge-is"]["value"] < 10
     assert all(0 <= measured[f"Cond.judge-{share}"]["value"] <= 1 for share in ("precision", "recall"))
     assert {key.rpartition(".")[0] for key in measured if key.endswith("change")} == {
-        f"{row} + DG.{score}" for row in ("Cond", "Uncond") for score in SMALL_SET_SCORES
+        f"{row} + DG.{score}" for row in ("Cond", "Uncond") for score in SMALL_SET_SCORES if score != "judge-frechet"
     }
 
 

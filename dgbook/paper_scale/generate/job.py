@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ SEEDS = 1_000_000  # one seed's share of the seeds of single images
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def library_versions() -> dict[str, str]:
+@cache
+def library_versions() -> Mapping[str, str]:
     """Those libraries' versions here that decide what an image is, to the bit."""
     return {library: version(library) for library in LIBRARIES}
 
