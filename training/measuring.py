@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw, ImageFont
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from dgbook.chapters import subject
+from dgbook.chapters.sampling import subject
 from dgbook.measures.judges import judge_of
 from dgbook.measures.spectrum import sharpness
 from dgkit.errors import DgkitError, LoadError
@@ -106,7 +106,7 @@ def calibrate_guidance(
 ) -> dict[str, Any]:
     """Detail Guidance over a grid of w, without and with CFG, from seeds that no notebook uses.
 
-    At the preset's block and dims, or where `experiments.subject` finds them. The w to be used are those whose images
+    At the preset's block and dims, or where `subject` finds them. The w to be used are those whose images
     come closest to the sharpness of real ones.
 
     Args:

@@ -7,21 +7,36 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dgbook.chapters.guidance import GuidedRun, Setting, guide
+from dgbook.chapters import study
 from dgbook.chapters.sampling import Images, samples
+from dgbook.chapters.settings import Outcome, Setting, detail_guidance, sample
 from dgbook.claims import paper
+from dgbook.claims.names import label
 from dgbook.measures.datasets import as_samples, fashion_mnist
 from dgbook.measures.features import efficientnet_features
 from dgbook.measures.frechet import frechet_distance
 from dgbook.measures.judges import FashionJudge, judge_set_scores
 from dgbook.measures.stats import Interval
-from dgkit.errors import DgkitError
+from dgkit import checks
+
+
+def open_study(*, seed_blocks: int, imagenet_features: bool, **sampled: Any) -> study.Study:
+    """Chapter 6: see `study.open_study`; `num_samples` are those of a seed block."""
+    opened = study.open_study(**sampled)
+    return opened.begin(
+        "06_imagenet",
+        block=opened.block,
+        dims=opened.dims,
+        seed_blocks=seed_blocks,
+        w=opened.w,
+        imagenet_features=imagenet_features,
+    )
 
 
 def table_6_settings(w: float, block: int, dims: Sequence[int]) -> dict[str, tuple[Setting, bool]]:
-    """The rows of Table 6: name to (guidance setting, conditional?). The paper uses no CFG here."""
-    plain, guided = Setting(), Setting(w=w, block=block, dims=dims)
-    return {"uncond": (plain, False), "uncond+DG": (guided, False), "cond": (plain, True), "cond+DG": (guided, True)}
+    """The rows of Table 6: name to (setting, conditional?). The paper uses no CFG here."""
+    plain, guided = Setting(), detail_guidance(w, block, dims)
+    return {"uncond": (plain, False), "uncond+dg": (guided, False), "cond": (plain, True), "cond+dg": (guided, True)}
 
 
 def table_6_runs(
@@ -31,12 +46,12 @@ def table_6_runs(
     seeds: Sequence[int],
     steps: int,
     batch: int = 64,
-) -> dict[tuple[str, int], GuidedRun]:
+) -> dict[tuple[str, int], Outcome]:
     """Images of every (setting, seed block) of Table 6, and what they cost.
 
     Args:
         pipe: a class-conditional pipeline.
-        settings: name to (guidance setting, conditional?); unconditional sampling uses DiT's null class.
+        settings: name to (setting, conditional?); unconditional sampling uses DiT's null class.
         count: images per seed block.
         seeds: one per seed block.
         steps: sampling steps.
@@ -45,19 +60,18 @@ def table_6_runs(
     Raises:
         DgkitError: no seed block, or as for `samples`.
     """
-    if not seeds:
-        raise DgkitError("seed_blocks=0 is not allowed: give an integer, 1 or above")
+    checks.integer("seed_blocks", len(seeds), 1)
     runs = {}
     for name, (setting, conditional) in settings.items():
         for seed in seeds:
             run = samples(pipe, count, seed, steps, batch_size=batch)
             if not conditional:
                 run = replace(run, conditions=[1000] * count)
-            runs[name, seed] = guide(pipe, run, setting)
+            runs[name, seed] = sample(pipe, run, setting)
     return runs
 
 
-def table_6(runs: Mapping[tuple[str, int], GuidedRun]) -> pd.DataFrame:
+def table_6(runs: Mapping[tuple[str, int], Outcome]) -> pd.DataFrame:
     """Table 6 in small, on Fashion-MNIST: one row per (setting, seed block).
 
     Columns: frechet (distance of the shipped classifier's 64 features to those of the training set), is (inception
@@ -70,8 +84,8 @@ def table_6(runs: Mapping[tuple[str, int], GuidedRun]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def efficientnet_values(runs: Mapping[tuple[str, int], GuidedRun]) -> dict[str, float]:
-    """Frechet distance of EfficientNet-Lite0's 1280 features, "SETTING.frechet_efficientnet", over all seed blocks.
+def efficientnet_values(runs: Mapping[tuple[str, int], Outcome]) -> dict[str, Any]:
+    """Frechet distance of EfficientNet-Lite0's 1280 features by setting, over all seed blocks.
 
     Against as many real test images, which need the data set. With fewer images than features the covariance is not
     of full rank and the distance mostly bias, so use 2,000 or more.
@@ -82,24 +96,29 @@ def efficientnet_values(runs: Mapping[tuple[str, int], GuidedRun]) -> dict[str, 
     count = sum(len(batch) for batch in next(iter(union.values())))
     real = efficientnet_features(as_samples(fashion_mnist("test")[0][:count]))
     distances = {
-        f"{name}.frechet_efficientnet": frechet_distance(real, efficientnet_features(np.concatenate(batches)))
-        for name, batches in union.items()
+        name: frechet_distance(real, efficientnet_features(np.concatenate(batches))) for name, batches in union.items()
     }
-    return {"efficientnet_count": count} | distances
+    return {"efficientnet": {"count": count, "frechet": distances}}
 
 
 def table_6_values(table: pd.DataFrame) -> dict[str, Any]:
-    """Mean over seed blocks with the smallest and largest block, and the change of the Frechet distance by DG."""
+    """Mean over seed blocks with the smallest and largest block, and the change of the Frechet distance by DG.
+
+    "settings" has the measures of each setting, "contrast" the changes, under "cond+dg - cond" for example.
+    """
     measures = [column for column in table.columns if column not in ("setting", "seed")]
-    values: dict[str, Any] = {}
-    for setting, group in table.groupby("setting", sort=False):
-        for m in measures:
-            values[f"{setting}.{m}"] = Interval(group[m].mean(), group[m].min(), group[m].max())
+    settings = {
+        str(setting): {measure: _over_blocks(group[measure]) for measure in measures}
+        for setting, group in table.groupby("setting", sort=False)
+    }
     pivot = table.pivot(index="seed", columns="setting", values="frechet")
-    for kind in ("uncond", "cond"):
-        change = pivot[f"{kind}+DG"] - pivot[kind]
-        values[f"{kind}.frechet_change"] = Interval(change.mean(), change.min(), change.max())
-    return values
+    pairs = (("uncond+dg", "uncond"), ("cond+dg", "cond"))
+    contrast = {f"{a} - {b}": {"frechet": _over_blocks(pivot[a] - pivot[b])} for a, b in pairs}
+    return {"settings": settings, "contrast": contrast}
+
+
+def _over_blocks(numbers: "pd.Series[float]") -> Interval:
+    return Interval(numbers.mean(), numbers.min(), numbers.max())
 
 
 def table_6_beside_paper(values: Mapping[str, Any]) -> pd.DataFrame:
@@ -111,7 +130,7 @@ def table_6_beside_paper(values: Mapping[str, Any]) -> pd.DataFrame:
     rows = []
     for ours, theirs in measures.items():
         for _, line in paper.table(6).iterrows():
-            kind = line["type"].lower() + ("+DG" if line["dg"] == "yes" else "")
+            setting = line["type"].lower() + ("+dg" if line["dg"] == "yes" else "")
             measure = ours if ours == theirs else f"{ours} (paper: {theirs})"
-            rows.append((measure, kind, f"{values[f'{kind}.{ours}']:.3g}", line[theirs]))
+            rows.append((measure, label(setting), f"{values['settings'][setting][ours]:.3g}", line[theirs]))
     return pd.DataFrame(rows, columns=["measure", "setting", "ours", "paper"])

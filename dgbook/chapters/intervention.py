@@ -1,6 +1,6 @@
 """Section 4.2, Figure 5: what breaks when massive activations are disrupted."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from math import comb
 from typing import Any
@@ -9,14 +9,27 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from dgbook.chapters import study
 from dgbook.chapters.sampling import Images, Samples, observe, side_of_square
 from dgbook.measures import stats
 from dgbook.measures.judges import Judge
 from dgbook.measures.spectrum import band_error, high_frequency_energy, radial_power_spectrum, sharpness
 from dgbook.measures.stats import Interval
+from dgkit import checks
 from dgkit.anatomy import Anatomy, dissect
 from dgkit.disruption import disrupt, make_edit
-from dgkit.errors import DgkitError
+
+
+def open_study(*, random_draws: int, **sampled: Any) -> study.Study:
+    """Chapter 3: a run with CFG; see `study.open_study`."""
+    opened = study.open_study(cfg=True, **sampled)
+    return opened.begin(
+        "03_intervention",
+        block=opened.block,
+        guidance_scale=opened.guidance_scale,
+        dims=opened.dims,
+        random_draws=random_draws,
+    )
 
 
 def left_half(pipe: Any, run: Samples) -> list[int]:
@@ -41,14 +54,16 @@ def intervene(
 
     Settings: "original"; "massive" (dims zeroed); "left half" (zeroed in those tokens alone, see `left_half`); "norm
     kept" (zeroed, but the later LayerNorms keep their statistics; only for classes whose LayerNorms dgkit knows);
-    "mean" (dims set to their token mean); "matched" (non-massive channels of as much magnitude zeroed); "random 1" ..
-    "random `draws`" (as many other channels zeroed, the paper's control; each draw another set).
+    "mean" (dims set to their token mean); "matched" (non-massive channels of as much magnitude zeroed); "random" (as
+    many other channels zeroed, the paper's control; `draws` times another set).
+
+    Returns:
+        (N, H, W, 3) by setting, "random" (`draws`, N, H, W, 3).
 
     Raises:
         DgkitError: `draws` is not a positive integer, or as for `dgkit.disrupt`.
     """
-    if isinstance(draws, bool) or not isinstance(draws, int) or draws < 1:
-        raise DgkitError(f"random_draws={draws!r} is not allowed: give an integer, 1 or above")
+    checks.integer("random_draws", draws, 1)
     edits: dict[str, dict[str, Any]] = {
         "massive": {"dims": dims},
         "left half": {"dims": dims, "tokens": left_half(pipe, run)},
@@ -58,20 +73,24 @@ def intervene(
     }
     if not dissect(pipe).row.last_norm:
         del edits["norm kept"]
-    for draw, own_seed in enumerate(_distinct_draws(dissect(pipe), dims, draws, seed)):
-        edits[f"random {draw + 1}"] = {"dims": dims, "kind": "random", "seed": own_seed}
-    images = {"original": run.images(pipe)}
-    for name, edit in edits.items():
+    seeds = _distinct_draws(dissect(pipe), dims, draws, seed)
+
+    def edited(**edit: Any) -> Images:
         with disrupt(pipe, block=block, **edit):
-            images[name] = run.images(pipe)
-    return images
+            return run.images(pipe)
+
+    return {
+        "original": run.images(pipe),
+        **{name: edited(**edit) for name, edit in edits.items()},
+        "random": np.stack([edited(dims=dims, kind="random", seed=own_seed) for own_seed in seeds]),
+    }
 
 
 def _distinct_draws(anatomy: Anatomy, dims: Sequence[int], draws: int, seed: int) -> list[int]:
     """Seeds of `draws` different sets of random channels, from `seed` * 1000 on."""
     possible = comb(anatomy.channels - len(dims), len(dims))
     if draws > possible:
-        raise DgkitError(f"random_draws={draws!r} is not allowed: there are {possible} sets of other channels")
+        checks.refuse("random_draws", draws, f"there are {possible} sets of other channels")
     seeds: dict[tuple[int, ...], int] = {}
     own_seed = seed * 1000
     while len(seeds) < draws:
@@ -87,15 +106,15 @@ def image_effects(images: Mapping[str, Images], baseline: str, judge: Judge | No
     variance of the Laplacian; scaled so that the mean over images is the ratio of the means, which unlike the mean of
     ratios does not favour sharper), high_frequency_change (difference of the energy share above 1/4
     cycles/pixel), and with a judge agreement (1 where it finds what was asked for).
-    Settings named "random 1", "random 2", ... are averaged per image into one setting "random".
+    A setting of several draws, (draws, N, H, W, 3), is averaged over them, per image.
     """
     reference = images[baseline]
     sharp = sharpness(reference)
     rows = []
-    for name, batch in images.items():
+    for name, batch in ((name, one) for name, found in images.items() for one in _draws(found)):
         low, high = band_error(batch, reference)
         columns = {
-            "setting": name.split()[0] if name.startswith("random ") else name,
+            "setting": name,
             "image": np.arange(len(batch)),
             "low_error": low,
             "high_error": high,
@@ -108,6 +127,11 @@ def image_effects(images: Mapping[str, Images], baseline: str, judge: Judge | No
     return pd.concat(rows).groupby(["setting", "image"], sort=False).mean().reset_index()
 
 
+def _draws(images: Images) -> Iterable[Images]:
+    """The draws of a setting: one, unless the images have five axes."""
+    return images if images.ndim == 5 else [images]
+
+
 def spectra(images: Mapping[str, Images]) -> tuple[NDArray[np.float64], dict[str, NDArray[np.float64]]]:
     """The spatial frequencies and, per setting, the power at each, mean over its images (`radial_power_spectrum`)."""
     found = {name: radial_power_spectrum(batch) for name, batch in images.items()}
@@ -115,14 +139,20 @@ def spectra(images: Mapping[str, Images]) -> tuple[NDArray[np.float64], dict[str
     return frequencies, {name: power.mean(0) for name, (power, _) in found.items()}
 
 
-def summarise(effects: pd.DataFrame) -> dict[str, Interval]:
-    """Mean over images with its interval (Wilson's for shares), as {"setting.column": Interval}."""
-    columns = [c for c in effects.columns if c not in ("setting", "image")]
+def measures(effects: pd.DataFrame) -> list[str]:
+    """The columns of `image_effects` that measure something."""
+    return [column for column in effects.columns if column not in ("setting", "image")]
+
+
+def summarise(effects: pd.DataFrame) -> dict[str, dict[str, Interval]]:
+    """Mean over images with its interval (Wilson's for shares), by setting and column."""
     return {
-        # only agreement can be a share; errors that are all 0, as the original's, are not
-        f"{setting}.{column}": (stats.mean if column == "agreement" else stats.bootstrap)(group[column].to_numpy())
+        str(setting): {
+            # only agreement can be a share; errors that are all 0, as the original's, are not
+            column: (stats.mean if column == "agreement" else stats.bootstrap)(group[column].to_numpy())
+            for column in measures(effects)
+        }
         for setting, group in effects.groupby("setting", sort=False)
-        for column in columns
     }
 
 
@@ -132,30 +162,32 @@ def contrast(effects: pd.DataFrame, a: str, b: str, column: str) -> Interval:
     return stats.paired_bootstrap(table[a].to_numpy(), table[b].to_numpy())
 
 
+def contrasts(
+    effects: pd.DataFrame, pairs: Iterable[tuple[str, str]], columns: Sequence[str]
+) -> dict[str, dict[str, Interval]]:
+    """`contrast` of each pair in each column; that of (a, b) is under "a - b"."""
+    return {f"{a} - {b}": {column: contrast(effects, a, b, column) for column in columns} for a, b in pairs}
+
+
 def intervention_values(effects: pd.DataFrame, matched: Sequence[int]) -> dict[str, Any]:
-    """What Fig. 5 shows, as numbers: every effect's mean, and the massive channels against each control.
+    """What Fig. 5 shows, as numbers: "settings" has every effect's mean, "contrast" massive channels minus controls.
 
     Agreement is compared with the originals too.
     """
     controls = [name for name in effects["setting"].unique() if name not in ("original", "massive", "left half")]
-    columns = ("low_error", "high_error", "sharpness_ratio")
-    values: dict[str, Any] = summarise(effects)
-    values |= {
-        f"contrast.{c}.{column}": contrast(effects, "massive", c, column) for c in controls for column in columns
-    }
+    columns = [column for column in measures(effects) if column != "high_frequency_change"]
+    found = contrasts(effects, (("massive", control) for control in controls), columns)
     if "agreement" in effects:
-        values |= {
-            f"contrast.{c}.agreement": contrast(effects, "massive", c, "agreement") for c in ("original", *controls)
-        }
-    return values | {"matched_dims": list(matched)}
+        found |= contrasts(effects, [("massive", "original")], ["agreement"])
+    return {"settings": summarise(effects), "contrast": found, "matched_dims": list(matched)}
 
 
 def half_values(pipe: Any, run: Samples, images: Mapping[str, Images]) -> dict[str, Any]:
     """What editing the tokens of `left_half` alone does to the pixels under them and to the others.
 
-    "half.edited.high_error" and "half.other.high_error" (see `image_effects`) are those of the original with one part
-    of its pixels replaced by the edited image's, "half.contrast" is their paired difference. The other pixels need not
-    stay as they are: attention mixes the tokens in all later blocks.
+    "edited" and "other" (see `image_effects`) are the errors of the original with one part of its pixels replaced by
+    the edited image's, "contrast" is their paired difference. The other pixels need not stay as they are: attention
+    mixes the tokens in all later blocks.
 
     Args:
         pipe, run: what made the images.
@@ -166,22 +198,19 @@ def half_values(pipe: Any, run: Samples, images: Mapping[str, Images]) -> dict[s
     edge = original.shape[2] * (side // 2) // side
     left = band_error(np.concatenate([edited[:, :, :edge], original[:, :, edge:]], 2), original)[1]
     right = band_error(np.concatenate([original[:, :, :edge], edited[:, :, edge:]], 2), original)[1]
-    return {
-        "half.edited.high_error": stats.bootstrap(left),
-        "half.other.high_error": stats.bootstrap(right),
-        "half.contrast": stats.paired_bootstrap(left, right),
+    half = {
+        "edited": {"high_error": stats.bootstrap(left)},
+        "other": {"high_error": stats.bootstrap(right)},
+        "contrast": stats.paired_bootstrap(left, right),
     }
+    return {"half": half}
 
 
 def draw_values(images: Mapping[str, Images]) -> dict[str, Any]:
     """The massive channels against each random draw by itself.
 
-    "draws.high_error": mean high-frequency error of each draw (see `image_effects`); "draws.below": how many of them
-    have a smaller one than the massive channels.
+    "high_error": mean high-frequency error of each draw (see `image_effects`); "below": how many of them have a smaller
+    one than the massive channels.
     """
-    original = images["original"]
-    errors = {
-        name: float(band_error(batch, original)[1].mean()) for name, batch in images.items() if name != "original"
-    }
-    draws = np.array([error for name, error in errors.items() if name.startswith("random ")])
-    return {"draws.high_error": draws, "draws.below": int((draws < errors["massive"]).sum())}
+    massive, *drawn = (band_error(b, images["original"])[1].mean() for b in (images["massive"], *images["random"]))
+    return {"draws": {"high_error": np.array(drawn), "below": int((drawn < massive).sum())}}

@@ -7,14 +7,13 @@ smallest from two seeds; L is as large as the shipped `tiny-dit`, but another tr
 
 import json
 from collections.abc import Mapping, Sequence
-from itertools import permutations
 from math import factorial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from scipy.stats import rankdata, spearmanr
+from scipy.stats import permutation_test, spearmanr
 
 from dgbook.measures.stats import Interval
 from dgkit.errors import DgkitError
@@ -102,10 +101,10 @@ def rungs() -> pd.DataFrame:
 def values() -> dict[str, Any]:
     """Do massive activations grow with size? The numbers at equal steps, one per training, for a result.
 
-    "ladder.largest_spread" is the most that trainings of one size differ. "ladder.rank_correlation" is that between the
-    sizes' parameters and their largest ratios, means over a size's trainings, which are no independent samples of size;
-    "ladder.p" its two-sided p-value over all orders of the ratios, and "ladder.smallest_p" the smallest that so few
-    sizes can have. Width and depth grow together and one recipe trained all, so it speaks of this ladder only.
+    "largest_spread" is the most that trainings of one size differ. "rank_correlation" is that between the sizes'
+    parameters and their largest ratios, means over a size's trainings, which are no independent samples of size; "p"
+    its two-sided p-value over all orders of the ratios, and "smallest_p" the smallest that so few sizes can have. Width
+    and depth grow together and one recipe trained all, so it speaks of this ladder only.
 
     Raises:
         DgkitError: fewer than three sizes are measured, or they have no step in common.
@@ -116,32 +115,32 @@ def values() -> dict[str, Any]:
         raise DgkitError(f"the ladder has {len(means)} measured sizes in {DATA / 'ladder'}: at least 3 are needed")
     correlation, p = _rank_correlation(means["parameters"].to_numpy(), means["ratio"].to_numpy())
     return {
-        "ladder.sizes": table["size"].tolist(),
-        "ladder.seeds": table["seed"].tolist(),
-        "ladder.step": int(table["step"].iloc[0]),
-        "ladder.parameters": table["parameters"].tolist(),
-        "ladder.largest_ratio": table["ratio"].tolist(),
-        "ladder.largest_spread": float(table.groupby("size")["ratio"].agg(np.ptp).max()),
-        "ladder.massive_blocks": table["massive_blocks"].tolist(),
-        "ladder.rank_correlation": correlation,
-        "ladder.p": p,
-        "ladder.smallest_p": 2 / factorial(len(means)),
+        "sizes": table["size"].tolist(),
+        "seeds": table["seed"].tolist(),
+        "step": int(table["step"].iloc[0]),
+        "parameters": table["parameters"].tolist(),
+        "largest_ratio": table["ratio"].tolist(),
+        "largest_spread": float(table.groupby("size")["ratio"].agg(np.ptp).max()),
+        "massive_blocks": table["massive_blocks"].tolist(),
+        "rank_correlation": correlation,
+        "p": p,
+        "smallest_p": 2 / factorial(len(means)),
     }
 
 
 def sentence(v: Mapping[str, Any]) -> str:
     """`values` in words."""
-    correlation, count = v["ladder.rank_correlation"], len(v["ladder.sizes"])
+    correlation, count = v["rank_correlation"], len(v["sizes"])
     grows = "do not grow" if correlation <= 0 else "grow" if correlation > 1 - 1e-9 else "do not grow steadily"
-    ratios = ratios_of_sizes(v["ladder.sizes"], v["ladder.largest_ratio"])
-    millions = ", ".join(f"{n / 1e6:.1f}" for n in dict.fromkeys(v["ladder.parameters"]))
-    massive = sum(share > 0 for share in v["ladder.massive_blocks"])
+    ratios = ratios_of_sizes(v["sizes"], v["largest_ratio"])
+    millions = ", ".join(f"{n / 1e6:.1f}" for n in dict.fromkeys(v["parameters"]))
+    massive = sum(share > 0 for share in v["massive_blocks"])
     return (
-        f"After {v['ladder.step']:,} training steps, the largest channel is {ratios} times its block's median in "
+        f"After {v['step']:,} training steps, the largest channel is {ratios} times its block's median in "
         f"models of {millions} million parameters, and above five times in {massive} of the {count} trainings: in this "
         f"ladder massive activations {grows} with size (rank correlation of the sizes' means {correlation:.2f}, "
-        f"p = {v['ladder.p']:.2f}; as few sizes as these cannot have less than p = {v['ladder.smallest_p']:.2f}), but "
-        f"trainings of one size differ by up to {v['ladder.largest_spread']:.1f}."
+        f"p = {v['p']:.2f}; as few sizes as these cannot have less than p = {v['smallest_p']:.2f}), but "
+        f"trainings of one size differ by up to {v['largest_spread']:.1f}."
     )
 
 
@@ -168,7 +167,7 @@ def _rank_correlation(x: NDArray[Any], y: NDArray[Any]) -> tuple[float, float]:
     """
     if np.ptp(y) == 0:
         return 0.0, 1.0
-    observed = float(spearmanr(x, y).statistic)
-    ranks = rankdata(x)
-    orders = [np.corrcoef(ranks, order)[0, 1] for order in permutations(rankdata(y))]
-    return observed, float(np.mean(np.abs(orders) >= abs(observed) - 1e-9))
+    found = permutation_test(
+        [x], lambda order: spearmanr(order, y).statistic, permutation_type="pairings", n_resamples=factorial(len(x))
+    )
+    return float(found.statistic), float(found.pvalue)

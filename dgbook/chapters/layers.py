@@ -7,14 +7,24 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from dgbook.chapters import study
 from dgbook.chapters.sampling import Samples, observe, side_of_square
 from dgkit.massive import Massive, channel_ratio
 from dgkit.paths import DATA
 from dgkit.recording import Trace
 
 
+def open_study(*, threshold: float, **sampled: Any) -> study.Study:
+    """Chapter 1: every image of a run with CFG is recorded; see `study.open_study`."""
+    opened = study.open_study(cfg=True, observed=None, ratio=threshold, **sampled)
+    return opened.begin("01_layer_properties", threshold=threshold, guidance_scale=opened.guidance_scale)
+
+
 def layer_values(trace: Trace, massive: Massive, threshold: float) -> dict[str, Any]:
-    """What Fig. 2 and 3(a) show, as numbers: how many blocks have massive channels, which, on how many tokens."""
+    """What Fig. 2 and 3(a) show, as numbers: how many blocks have massive channels, which, on how many tokens.
+
+    "largest" is the channel with the largest ratio to its block's median.
+    """
     ratios = channel_ratio(trace.mean_abs())
     block, dim = divmod(int(ratios.argmax()), trace.anatomy.channels)
     return {
@@ -23,10 +33,12 @@ def layer_values(trace: Trace, massive: Massive, threshold: float) -> dict[str, 
         "blocks_with_massive": int(massive.rows["block"].nunique()),
         "massive_dims": massive.dims,
         "fixed_dims": massive.fixed_dims,
-        "largest.block": block,
-        "largest.dim": dim,
-        "largest.ratio": float(ratios[block, dim]),
-        "largest.token_share": float(trace.token_share()[block, dim]),
+        "largest": {
+            "block": block,
+            "dim": dim,
+            "ratio": float(ratios[block, dim]),
+            "token_share": float(trace.token_share()[block, dim]),
+        },
         "largest_ratio_by_block": ratios.amax(1),
         "mean_abs": trace.mean_abs(),
     }

@@ -5,17 +5,30 @@ from typing import Any
 
 import pandas as pd
 
+from dgbook.chapters import study
 from dgbook.chapters.comparison import distance
-from dgbook.chapters.guidance import GuidedRun, Setting
+from dgbook.chapters.settings import Outcome, Setting, detail_guidance
 from dgbook.claims import paper
+from dgbook.claims.names import label
 from dgbook.claims.results import references
 from dgbook.measures import stats
 from dgbook.measures.spectrum import sharpness
 from dgkit.anatomy import dissect
-from dgkit.guidance import DG
 from dgkit.recording import Trace
 
-CFG, OURS = "CFG alone", "as in this book"
+CFG, OURS = "cfg", "ours"
+
+
+def open_study(**sampled: Any) -> study.Study:
+    """Chapter 7: see `study.open_study`."""
+    opened = study.open_study(**sampled)
+    return opened.begin(
+        "07_ambiguities",
+        block=opened.block,
+        dims=opened.dims,
+        guidance_scale=opened.guidance_scale,
+        w=opened.w_cfg,
+    )
 
 
 def points() -> pd.DataFrame:
@@ -37,10 +50,8 @@ def settings(
     """
 
     def dg(**changed: Any) -> Setting:
-        # at least 1, which is no CFG: s = lambda has no smaller value
-        s = max(1.0, changed.pop("guidance_scale", guidance_scale))
-        options: dict[str, Any] = {"scale": w, "block": block, "dims": list(dims)} | changed
-        return Setting(s, method=DG(**options))
+        options: dict[str, Any] = {"w": w, "block": block, "dims": dims, "guidance_scale": guidance_scale}
+        return detail_guidance(**options | changed)
 
     ordered = trace.mean_abs()[block].argsort(descending=True).tolist()
     other = next(dim for dim in ordered if dim not in dims)
@@ -48,34 +59,37 @@ def settings(
     if block + 1 < len(dissect(pipe).blocks):
         readings["m counts from zero"] = dg(block=block + 1)
     return readings | {
-        "lambda is s": dg(guidance_scale=guidance_scale - 1),
+        "lambda is s": dg(guidance_scale=max(1.0, guidance_scale - 1)),  # 1 is no CFG: lambda has no smaller value
         "another channel": dg(dims=[other]),
         "first half of the steps": dg(stop=0.5),
         "second half of the steps": dg(start=0.5),
     }
 
 
-def values(runs: Mapping[str, GuidedRun]) -> dict[str, Any]:
-    """What each reading changes, as "READING.MEASURE".
+def values(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+    """What each reading changes, as "settings".
 
     "distance": root mean square distance of the images to those of this book's reading, over that of CFG's images to
     them (0: the same images; 1: as far as without DG), with its interval. "sharpness_ratio": over CFG's.
     """
-    ours, plain = runs[OURS].images, runs[CFG].images
+    ours, plain = outcomes[OURS].images, outcomes[CFG].images
     moved, sharp = distance(plain, ours).mean(), sharpness(plain).mean()
-    measured: dict[str, Any] = {}
-    for name, run in runs.items():
-        measured[f"{name}.distance"] = stats.bootstrap(distance(run.images, ours) / moved)
-        measured[f"{name}.sharpness_ratio"] = stats.bootstrap(sharpness(run.images) / sharp)
-    return measured
+    settings = {
+        name: {
+            "distance": stats.bootstrap(distance(outcome.images, ours) / moved),
+            "sharpness_ratio": stats.bootstrap(sharpness(outcome.images) / sharp),
+        }
+        for name, outcome in outcomes.items()
+    }
+    return {"settings": settings}
 
 
 def table(measured: Mapping[str, Any]) -> pd.DataFrame:
     """`values` for people: one row per reading."""
     columns = {"distance": "distance to our reading", "sharpness_ratio": "sharpness over CFG's"}
-    names = [key.removesuffix(".distance") for key in measured if key.endswith(".distance")]
     rows = {
-        name: {title: f"{measured[f'{name}.{measure}']:.2f}" for measure, title in columns.items()} for name in names
+        label(name): {title: f"{found[measure]:.2f}" for measure, title in columns.items()}
+        for name, found in measured["settings"].items()
     }
     return pd.DataFrame.from_dict(rows, orient="index")
 

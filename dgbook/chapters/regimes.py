@@ -13,8 +13,8 @@ import pandas as pd
 from dgbook.chapters.intervention import contrast, image_effects, summarise
 from dgbook.chapters.sampling import Samples
 from dgbook.measures.judges import Judge
+from dgkit import checks
 from dgkit.disruption import disrupt
-from dgkit.errors import DgkitError
 from dgkit.recording import Trace
 
 STEPS = {"all steps": (0.0, 1.0), "first half": (0.0, 0.5), "second half": (0.5, 1.0)}
@@ -61,10 +61,8 @@ def sweep(
     Raises:
         DgkitError: a count is not an integer from 1 to half of the channels, or as for `dgkit.disrupt`.
     """
-    for k in counts:
-        if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= trace.anatomy.channels // 2:
-            allowed = f"give integers from 1 to {trace.anatomy.channels // 2}, half of the channels"
-            raise DgkitError(f"channel_counts={list(counts)!r} is not allowed because of {k!r}: {allowed}")
+    half = trace.anatomy.channels // 2
+    checks.distinct("channel_counts", counts, 1, half, allowed=f"integers from 1 to {half}, half of the channels")
     original = run.images(pipe)
     places = [("all steps", block) for block in blocks]
     cases = [(channels, steps, block) for channels in ("largest", "random") for steps, block in places]
@@ -84,8 +82,8 @@ def sweep(
 
 
 def _measured(effects: pd.DataFrame, judged: bool) -> dict[str, float]:
-    summary = summarise(effects)
-    intervals = {name: summary[f"edited.{name}"] for name in ("low_error", "high_error", "sharpness_ratio")}
+    edited = summarise(effects)["edited"]
+    intervals = {name: edited[name] for name in ("low_error", "high_error", "sharpness_ratio")}
     if judged:
         intervals["agreement_change"] = contrast(effects, "edited", "original", "agreement")
     row: dict[str, float] = {}
@@ -115,25 +113,23 @@ def regime(row: Mapping[str, float]) -> str:
 def values(table: pd.DataFrame) -> dict[str, Any]:
     """`sweep` as numbers for a result file.
 
-    "regimes.CHANNELS.STEPS" are the rows (block, k, then each measure with its low and high end). With a judge
-    "regimes.CHANNELS.REGIME" counts the settings over all steps that are in a regime, of "regimes.settings", and
-    "regimes.CHANNELS.collapse_at" is the smallest k that loses the content in some block, 0 for none.
+    Under its channels and steps are the rows (block, k, then each measure with its low and high end). With a judge the
+    channels' "detail only" and "content lost" count the settings over all steps that are in a regime, of all
+    "settings", and "collapse_at" is the smallest k that loses the content in some block, 0 for none.
     """
     judged = "agreement_change" in table
     measures = ["low_error", "high_error", "sharpness_ratio"] + ["agreement_change"] * judged
     columns = ["block", "k", *(f"{measure}{end}" for measure in measures for end in ("", ".low", ".high"))]
-    found: dict[str, Any] = {"regimes.settings": int(((table["channels"] == "largest") & _all_steps(table)).sum())}
+    of_largest = table[(table["channels"] == "largest") & (table["steps"] == "all steps")]
+    found: dict[str, Any] = {"settings": len(of_largest)}
     for (channels, steps), part in table.groupby(["channels", "steps"], sort=False):
-        found[f"regimes.{channels}.{steps}"] = part[columns].to_numpy(float)
+        of_channels = found.setdefault(channels, {})
+        of_channels[steps] = part[columns].to_numpy(float)
         if steps == "all steps" and judged:
             lost = part.loc[part["regime"] == COLLAPSE, "k"]
-            found[f"regimes.{channels}.collapse_at"] = int(lost.min()) if len(lost) else 0
-            found |= {f"regimes.{channels}.{r}": int((part["regime"] == r).sum()) for r in (DETAIL, COLLAPSE)}
-    return found
-
-
-def _all_steps(table: pd.DataFrame) -> "pd.Series[bool]":
-    return table["steps"] == "all steps"
+            of_channels["collapse_at"] = int(lost.min()) if len(lost) else 0
+            of_channels |= {regime: int((part["regime"] == regime).sum()) for regime in (DETAIL, COLLAPSE)}
+    return {"regimes": found}
 
 
 def regime_table(table: pd.DataFrame) -> pd.DataFrame:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dgkit import checks
 from dgkit.errors import DgkitError
 from dgkit.guidance.calibrate import locate
 from dgkit.recording import Trace, record
@@ -35,15 +36,14 @@ class Samples:
     guidance_scale: float = 1.0
     batch_size: int = 64
 
-    def images(self, pipe: Any, guidance_scale: float | None = None) -> Images:
-        """Generate them, (N, H, W, 3); `guidance_scale` overrides the run's own."""
-        scale = self.guidance_scale if guidance_scale is None else guidance_scale
+    def images(self, pipe: Any) -> Images:
+        """Generate them, (N, H, W, 3)."""
         return generate(
             pipe,
             self.conditions,
             self.seeds,
             num_inference_steps=self.steps,
-            guidance_scale=scale,
+            guidance_scale=self.guidance_scale,
             batch_size=self.batch_size,
         )
 
@@ -66,11 +66,10 @@ def samples(
     Raises:
         DgkitError: `count` or `each` is not a positive integer, or `each` does not divide `count`.
     """
-    for name, number in (("num_samples", count), ("images_per_condition", each)):
-        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-            raise DgkitError(f"{name}={number!r} is not allowed: give an integer, 1 or above")
+    checks.integer("num_samples", count, 1)
+    checks.integer("images_per_condition", each, 1)
     if count % each:
-        raise DgkitError(f"images_per_condition={each} is not allowed: give a divisor of num_samples={count}")
+        checks.refuse("images_per_condition", each, f"give a divisor of num_samples={count}")
     conditions = own_conditions(pipe, count // each) * each
     return Samples(conditions, [seed * 1_000_000 + i for i in range(count)], steps, guidance_scale, batch_size)
 

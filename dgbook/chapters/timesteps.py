@@ -4,10 +4,23 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+from dgbook.chapters import study
 from dgbook.measures import stats
 from dgbook.measures.stats import Interval
 from dgkit.gates import gate_agreement
 from dgkit.recording import Trace
+
+
+def open_study(*, images_per_condition: int, **sampled: Any) -> study.Study:
+    """Chapter 2: a run with CFG; see `study.open_study`."""
+    opened = study.open_study(cfg=True, observed=4, images_per_condition=images_per_condition, **sampled)
+    return opened.begin(
+        "02_timestep_vs_text",
+        block=opened.block,
+        guidance_scale=opened.guidance_scale,
+        dims=opened.dims,
+        images_per_condition=images_per_condition,
+    )
 
 
 def timestep_shares(trace: Trace, conditions: Sequence[Any], block: int) -> dict[int, dict[str, Interval]]:
@@ -33,25 +46,25 @@ def timestep_shares(trace: Trace, conditions: Sequence[Any], block: int) -> dict
 def timestep_values(trace: Trace, conditions: Sequence[Any], block: int) -> dict[str, Any]:
     """What Fig. 4 shows, as numbers, for the first tracked dim: shares of variance, trend over time, gate agreement.
 
-    The condition's share is "share.condition" where conditions have several images; else there is only
-    "share.condition_and_noise", of both together. "trend" is mean |z| at the last step (least noise) over that at the
-    first, over images.
+    Conditions with several images have a share "condition"; else there is only "condition_and_noise", of both together.
+    "trend" is mean |z| at the last step (least noise) over that at the first, over images.
     """
     shares = timestep_shares(trace, conditions, block)[trace.track[0]]
     tracked = trace.tracked()[:, :, block, 0].numpy()
     gates = gate_agreement(trace)
     return {
         "dim": trace.track[0],
-        "share.timestep": shares["timestep"],
-        **(
-            {"share.condition": shares["condition"]}
-            if "condition" in shares
-            else {"share.condition_and_noise": shares["condition and noise"]}
-        ),
+        "share": {
+            part.replace(" ", "_"): shares[part]
+            for part in ("timestep", "condition", "condition and noise")
+            if part in shares
+        },
         "trend": stats.bootstrap(tracked[-1] / tracked[0]),
-        "gates.count": len(gates),
-        "gates.same_largest": int(gates["same_largest"].sum()),
-        "gates.rank_correlation": float(gates["rank_correlation"].median()),
+        "gates": {
+            "count": len(gates),
+            "same_largest": int(gates["same_largest"].sum()),
+            "rank_correlation": float(gates["rank_correlation"].median()),
+        },
         "timesteps": trace.timesteps(),
         "magnitude_by_timestep": tracked.mean(1),
     }

@@ -89,7 +89,7 @@ def smallest_other_frechet_change(v: Values) -> Interval:
 def best_other_method(v: Values) -> str:
     """The name of the method with the lowest change and its change as text."""
     method, change = min(_other_frechet_changes(v).items(), key=lambda item: item[1].value)
-    return f"{names.METHODS[method]} {change:+.2f}"
+    return f"{names.label(method)} {change:+.2f}"
 
 
 def _sharpest(v: Values) -> Any:

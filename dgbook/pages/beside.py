@@ -90,7 +90,7 @@ def _methods() -> str:
         measured = [at(record.decoded(), f"methods.{ours}.frechet_change") for record in runs.values()]
         lines.append(
             (
-                names.METHODS[ours],
+                names.label(ours),
                 *(f"{change:+.2f}" for change in changes),
                 *(plain(format(change, "+.2f")) if change else "not measured" for change in measured),
             )

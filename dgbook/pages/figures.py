@@ -1,13 +1,10 @@
 """The book's figures: from numbers to axes, no computing.
 
-Every function returns a closed figure, which a cell that ends with the call shows once; `sliders` returns HTML.
+Every function returns a closed figure, which a cell that ends with the call shows once.
 """
 
-import base64
-import io
 import textwrap
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -19,10 +16,9 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullFormatter, NullLocator
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image
 
+from dgbook.claims.names import label
 from dgbook.measures.stats import Interval
-from dgkit.errors import DgkitError
 
 WIDTH = 8.5  # inches: the text column of the page
 COLOURS = sns.color_palette("colorblind")
@@ -61,14 +57,6 @@ def _stems(ax: Axes, values: NDArray[Any], dims: Sequence[int], colour: Any = OT
         ax.vlines(dim, 0, values[dim], color=MASSIVE, linewidth=1.8)
         ax.annotate(str(dim), (dim, values[dim]), xytext=(3, -2), textcoords="offset points", color=MASSIVE, fontsize=9)
     ax.set_xlim(-1, len(values))
-
-
-def table(frame: pd.DataFrame, index: bool = True) -> Any:
-    """A table for a page: whole sentences in its cells, where pandas would cut them off, and a header of one row."""
-    from IPython.display import HTML
-
-    with pd.option_context("display.max_colwidth", None):
-        return HTML(frame.to_html(index=index, index_names=False))
 
 
 def channel_profiles(mean_abs: ArrayLike, blocks: Sequence[int], dims: Sequence[int], ratio: float) -> Figure:
@@ -204,65 +192,20 @@ def image_rows(rows: Mapping[str, NDArray[np.uint8]], names: Sequence[str] = (),
             sns.despine(ax=ax, left=True, bottom=True)
             if r == 0 and len(titles) > c:
                 ax.set_title(titles[c], fontsize=8)
-        axes[r, 0].set_ylabel(title, rotation=0, ha="right", va="center", fontsize=9)
+        axes[r, 0].set_ylabel(label(title), rotation=0, ha="right", va="center", fontsize=9)
     figure.subplots_adjust(wspace=0.05, hspace=0.05)
     plt.close(figure)
     return figure
 
 
-def sliders(pair: Mapping[str, NDArray[np.uint8]], names: Sequence[str] = (), count: int = 4) -> Any:
-    """Two settings under one divider that the reader moves, image by image: HTML that holds its images.
-
-    Needs the scripts of the book's `_static`; without them the two images stand side by side.
-
-    Args:
-        pair: left and right of the divider, images (N, H, W, 3) each, under their labels.
-        names: of the images, for captions and alternative texts; numbers if there are none.
-        count: how many images, from the first.
-
-    Raises:
-        DgkitError: other than two settings, images of different shapes, or fewer names than images.
-    """
-    from IPython.display import HTML
-
-    shapes = {setting: images.shape for setting, images in pair.items()}
-    if len(pair) != 2 or len(set(shapes.values())) != 1:
-        raise DgkitError(f"pair={shapes}: a slider compares two settings, with as many images of the same shape")
-    length, _, width, _ = next(iter(shapes.values()))
-    names = names or [f"image {i + 1}" for i in range(length)]
-    if len(names) < min(count, length):
-        raise DgkitError(f"names={list(names)}: each of the {min(count, length)} images shown needs one")
-    # a whole number of screen pixels for each of a small image's
-    style = f"width: min(100%, {width * max(1, 160 // width)}px)"
-    sliders = [
-        f'<figure style="{style}"><img-comparison-slider keyboard="disabled">'
-        + "".join(
-            f'<div slot="{slot}">{_img(images[i], f"{setting}: {names[i]}")}<span>{escape(setting)}</span></div>'
-            for slot, (setting, images) in zip(("first", "second"), pair.items(), strict=True)
-        )
-        + f"</img-comparison-slider><figcaption>{escape(names[i])}</figcaption></figure>"
-        for i in range(min(count, length))
-    ]
-    return HTML(f'<div class="sliders">{"".join(sliders)}</div>')
-
-
-def _img(pixels: NDArray[np.uint8], alt: str) -> str:
-    """An image (H, W, 3) as an element that holds it, without loss."""
-    png = io.BytesIO()
-    Image.fromarray(pixels).save(png, "png")
-    rendering = ' style="image-rendering: pixelated"' if pixels.shape[1] < 64 else ""
-    source = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
-    return f'<img class="dark-light" alt="{escape(alt)}" src="{source}"{rendering}/>'
-
-
-def effects(summary: Mapping[str, Interval], settings: Sequence[str], columns: Sequence[str]) -> Figure:
+def effects(summary: Mapping[str, Mapping[str, Interval]], settings: Sequence[str], columns: Sequence[str]) -> Figure:
     """One panel per measure, one point with its interval per setting."""
     figure, axes = plt.subplots(
         1, len(columns), figsize=(WIDTH, 0.36 * len(settings) + 1.5), sharey=True, squeeze=False
     )
     for ax, column in zip(axes[0], columns, strict=True):
         for i, setting in enumerate(settings):
-            point = summary[f"{setting}.{column}"]
+            point = summary[setting][column]
             colour = MASSIVE if setting == "massive" else ACCENT
             ax.plot([point.low, point.high], [i, i], color=colour, linewidth=2)
             ax.plot(point.value, i, "o", color=colour)
@@ -270,7 +213,7 @@ def effects(summary: Mapping[str, Interval], settings: Sequence[str], columns: S
         if column in ("sharpness_ratio", "frechet_change"):
             ax.axvline(int(column == "sharpness_ratio"), color="black", linewidth=0.8, linestyle="--")
         ax.grid(axis="x", alpha=0.4)
-    axes[0, 0].set_yticks(range(len(settings)), settings)
+    axes[0, 0].set_yticks(range(len(settings)), [label(setting) for setting in settings])
     axes[0, 0].invert_yaxis()
     return _closed(figure)
 
@@ -347,6 +290,7 @@ def regimes(table: pd.DataFrame) -> Figure:
 def table_6(table: pd.DataFrame) -> Figure:
     """Every seed block of every row of Table 6, one panel per measure (columns setting, seed, then the measures)."""
     measures = [column for column in table.columns if column not in ("setting", "seed")]
+    table = table.assign(setting=table["setting"].map(label))
     figure, axes = plt.subplots(1, len(measures), figsize=(WIDTH, 2.6), sharey=True, squeeze=False)
     for ax, measure in zip(axes[0], measures, strict=True):
         sns.stripplot(table, x=measure, y="setting", hue="setting", ax=ax, jitter=False, size=7, legend=False)

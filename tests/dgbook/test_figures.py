@@ -18,7 +18,7 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 
 from dgbook.measures.stats import Interval
-from dgbook.pages import figures
+from dgbook.pages import figures, html
 from dgkit.errors import DgkitError
 
 RNG = np.random.default_rng(0)
@@ -36,9 +36,10 @@ SHARES = {
     9: {"timestep": Interval(0.4, 0.3, 0.6), "image": Interval(0.5, 0.25, 0.55)},
 }
 SUMMARY = {
-    f"{setting}.{column}": Interval(i + j, i + j - 0.5, i + j + 0.25)
-    for i, setting in enumerate(["massive", "random"])
-    for j, column in enumerate(["low_error", "sharpness_ratio"])
+    setting: {
+        column: Interval(i + j, i + j - 0.5, i + j + 0.25) for j, column in enumerate(["low_error", "sharpness_ratio"])
+    }
+    for i, setting in enumerate(["massive", "cfg+dg"])
 }
 SWEEP = pd.DataFrame(
     [
@@ -47,7 +48,7 @@ SWEEP = pd.DataFrame(
         for k in [0.0, 1.0, 2.0]
     ]
 )
-TABLE_6 = pd.DataFrame({"setting": ["cond"] * 2 + ["cond+DG"] * 2, "seed": [0, 1] * 2, "frechet": [4.0, 5, 2, 3],
+TABLE_6 = pd.DataFrame({"setting": ["cond"] * 2 + ["cond+dg"] * 2, "seed": [0, 1] * 2, "frechet": [4.0, 5, 2, 3],
                         "is": [6.0, 7, 8, 9]})  # fmt: skip
 TRAINING = pd.DataFrame({"step": [10, 100] * 2, "block": [0, 0, 1, 1], "ratio": [2.0, 3, 4, 20]})
 LADDER = pd.DataFrame(
@@ -84,7 +85,7 @@ FIGURES = {
     "shares of one dim": lambda: figures.shares({5: SHARES[5]}),
     "image_rows": lambda: figures.image_rows({"a": IMAGES, "b": IMAGES[::-1]}, ["x", "y", "z"]),
     "image_rows of one image": lambda: figures.image_rows({"a": IMAGES[:1]}),
-    "effects": lambda: figures.effects(SUMMARY, ["massive", "random"], ["low_error", "sharpness_ratio"]),
+    "effects": lambda: figures.effects(SUMMARY, ["massive", "cfg+dg"], ["low_error", "sharpness_ratio"]),
     "effects of one setting": lambda: figures.effects(SUMMARY, ["massive"], ["low_error"]),
     "spectra": lambda: figures.spectra(np.arange(4) / 8, {"a": [9.0, 4, 2, 1], "b": [8.0, 3, 2, 1]}),
     "sweep": lambda: figures.sweep({"w": SWEEP, "lambda": SWEEP}, ["sharpness_ratio", "high_error"]),
@@ -110,7 +111,7 @@ BARE = ("token_maps", "image_rows")
 def test_every_figure_is_covered():
     public = {n for n, f in vars(figures).items() if callable(f) and getattr(f, "__module__", "") == figures.__name__}
     public = {n for n in public if not n.startswith("_")}
-    assert public == {name.split()[0] for name in FIGURES} | {"sliders", "table"}  # HTML, tested below
+    assert public == {name.split()[0] for name in FIGURES}
 
 
 def pairs(ax):
@@ -234,12 +235,12 @@ def test_shares():
 
 
 def test_image_rows():
-    figure = figures.image_rows({"original": IMAGES, "massive": IMAGES[::-1]}, ["x", "y", "z"], count=2)
+    figure = figures.image_rows({"cfg": IMAGES, "massive": IMAGES[::-1]}, ["x", "y", "z"], count=2)
     axes = np.array(figure.axes).reshape(2, 2)
     for row, batch in enumerate([IMAGES, IMAGES[::-1]]):
         for column in range(2):
             assert np.array_equal(axes[row, column].images[0].get_array(), batch[column])
-    assert [ax.get_ylabel() for ax in axes[:, 0]] == ["original", "massive"]
+    assert [ax.get_ylabel() for ax in axes[:, 0]] == ["CFG", "massive"]
     assert [ax.get_title() for ax in axes[0]] == ["x", "y"]
 
 
@@ -250,7 +251,7 @@ def test_image_rows_show_no_more_than_the_shortest_row():
 def sliders(*args, **kwargs):
     """The sliders as [(caption, [(slot, label, alternative text, image), (...)], style), ...]."""
     found = []
-    for figure in ElementTree.fromstring(figures.sliders(*args, **kwargs).data):
+    for figure in ElementTree.fromstring(html.sliders(*args, **kwargs).data):
         sides = []
         for side in figure.find("img-comparison-slider"):
             kind, code = side.find("img").get("src").split(",")
@@ -262,10 +263,10 @@ def sliders(*args, **kwargs):
 
 
 def test_sliders_hold_their_images_without_loss():
-    found = sliders({"original": IMAGES, "<massive>": IMAGES[::-1]}, ['a "coat"', "bag", "shirt"], count=2)
+    found = sliders({"cfg": IMAGES, "<massive>": IMAGES[::-1]}, ['a "coat"', "bag", "shirt"], count=2)
     assert [caption for caption, _, _ in found] == ['a "coat"', "bag"]
     for i, (caption, sides, _) in enumerate(found):
-        expected = [("first", "original", IMAGES[i]), ("second", "<massive>", IMAGES[2 - i])]
+        expected = [("first", "CFG", IMAGES[i]), ("second", "<massive>", IMAGES[2 - i])]
         for (slot, label, alt, image), (named_slot, setting, pixels) in zip(sides, expected, strict=True):
             assert (slot, label, alt) == (named_slot, setting, f"{setting}: {caption}")
             assert np.array_equal(image, pixels)
@@ -278,34 +279,34 @@ def test_sliders_without_names_are_numbered_and_no_more_than_the_images():
 
 def test_small_images_in_sliders_keep_their_pixels_square():
     assert sliders({"a": IMAGES, "b": IMAGES})[0][2] == "width: min(100%, 140px)"  # 5 x 28
-    assert "image-rendering: pixelated" in figures.sliders({"a": IMAGES, "b": IMAGES}).data
+    assert "image-rendering: pixelated" in html.sliders({"a": IMAGES, "b": IMAGES}).data
     large = np.zeros((1, 192, 192, 3), np.uint8)
     assert sliders({"a": large, "b": large})[0][2] == "width: min(100%, 192px)"
-    assert "pixelated" not in figures.sliders({"a": large, "b": large}).data
+    assert "pixelated" not in html.sliders({"a": large, "b": large}).data
 
 
 @pytest.mark.parametrize("pair", [{"a": IMAGES}, {"a": IMAGES, "b": IMAGES[:2]}, dict.fromkeys("abc", IMAGES)])
 def test_sliders_compare_two_settings_of_the_same_images(pair):
     with pytest.raises(DgkitError, match="two settings"):
-        figures.sliders(pair)
+        html.sliders(pair)
 
 
 def test_sliders_need_a_name_for_each_image_shown():
     with pytest.raises(DgkitError, match="each of the 3 images"):
-        figures.sliders({"a": IMAGES, "b": IMAGES}, ["x", "y"])
+        html.sliders({"a": IMAGES, "b": IMAGES}, ["x", "y"])
     assert len(sliders({"a": IMAGES, "b": IMAGES}, ["x", "y"], count=2)) == 2
 
 
 def test_effects():
-    axes = figures.effects(SUMMARY, ["massive", "random"], ["low_error", "sharpness_ratio"]).axes
+    axes = figures.effects(SUMMARY, ["massive", "cfg+dg"], ["low_error", "sharpness_ratio"]).axes
     for ax, column in zip(axes, ["low_error", "sharpness_ratio"], strict=True):
-        for i, setting in enumerate(["massive", "random"]):
-            interval = SUMMARY[f"{setting}.{column}"]
+        for i, setting in enumerate(["massive", "cfg+dg"]):
+            interval = SUMMARY[setting][column]
             whisker, point = pairs(ax)[2 * i : 2 * i + 2]
             assert np.allclose(whisker, [[interval.low, i], [interval.high, i]])
             assert np.allclose(point, [[interval.value, i]])
         assert ax.get_xlabel() == figures.LABELS[column]
-    assert [t.get_text() for t in axes[0].get_yticklabels()] == ["massive", "random"]
+    assert [t.get_text() for t in axes[0].get_yticklabels()] == ["massive", "CFG + DG"]
     assert len(axes[0].lines) == 4 and np.allclose(axes[1].lines[4].get_xdata(), 1)  # the neutral ratio
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import dgkit
-from dgbook import chapters
 from dgbook.chapters import regimes
+from dgbook.chapters.sampling import observe, samples
 from dgbook.measures.spectrum import band_error
 from dgbook.pages import figures
 from dgkit.errors import DgkitError
@@ -34,8 +34,8 @@ class Bright:
 
 
 def test_every_setting_is_the_edit_it_names(pipe: Any) -> None:
-    run = chapters.samples(pipe, 3, seed=5, steps=4)
-    trace = chapters.observe(pipe, run)
+    run = samples(pipe, 3, seed=5, steps=4)
+    trace = observe(pipe, run)
     original = run.images(pipe)
     judge = Bright(float(original.mean()))
     table = regimes.sweep(pipe, run, trace, blocks=[0, 1], counts=[1, 4], timed=1, seed=7, judge=judge)  # type: ignore[arg-type]
@@ -64,19 +64,20 @@ def test_every_setting_is_the_edit_it_names(pipe: Any) -> None:
 
 
 def test_without_a_judge_nothing_is_decided(pipe: Any) -> None:
-    run = chapters.samples(pipe, 2, seed=5, steps=2)
-    trace = chapters.observe(pipe, run)
+    run = samples(pipe, 2, seed=5, steps=2)
+    trace = observe(pipe, run)
     table = regimes.sweep(pipe, run, trace, blocks=[0], counts=[2], timed=0, seed=0, judge=None)
     assert "agreement_change" not in table and set(table["regime"]) == {"undecided"}
-    found = regimes.values(table)
-    assert found["regimes.settings"] == 1 and not [key for key in found if "collapse_at" in key or "only" in key]
+    found = regimes.values(table)["regimes"]
+    assert found["settings"] == 1 and list(found["random"]) == ["all steps"]
+    assert list(found["largest"]) == ["all steps", "first half", "second half"]
     assert figures.regimes(table).axes
 
 
 @pytest.mark.parametrize("k", [0, 9, 1.0, True])
 def test_bad_counts_are_refused(pipe: Any, k: Any) -> None:
-    run = chapters.samples(pipe, 1, seed=5, steps=1)
-    trace = chapters.observe(pipe, run)  # 16 channels
+    run = samples(pipe, 1, seed=5, steps=1)
+    trace = observe(pipe, run)  # 16 channels
     with pytest.raises(DgkitError, match=r"channel_counts=\[1, .*\] is not allowed because of .* from 1 to 8"):
         regimes.sweep(pipe, run, trace, blocks=[0], counts=[1, k], timed=0, seed=0, judge=None)
 
@@ -114,13 +115,14 @@ def test_values_count_settings_over_all_steps() -> None:
         ("largest", "first half", 3, 1, "content lost"),
     ]
     keys = ("channels", "steps", "block", "k", "regime")
-    found = regimes.values(pd.DataFrame([dict(zip(keys, case, strict=True)) | base for case in cases]))
-    assert found["regimes.settings"] == 3
-    assert found["regimes.largest.collapse_at"] == 8 and found["regimes.random.collapse_at"] == 0
-    assert found["regimes.largest.detail only"] == 1 and found["regimes.random.detail only"] == 2
-    assert found["regimes.largest.content lost"] == 1 and found["regimes.random.content lost"] == 0
+    found = regimes.values(pd.DataFrame([dict(zip(keys, case, strict=True)) | base for case in cases]))["regimes"]
+    largest, random = found["largest"], found["random"]
+    assert found["settings"] == 3
+    assert largest["collapse_at"] == 8 and random["collapse_at"] == 0
+    assert largest["detail only"] == 1 and random["detail only"] == 2
+    assert largest["content lost"] == 1 and random["content lost"] == 0
     expected = [[3, 1, 0, 0.1, 0.2, 1, 1.1, 1.2, 2, 2.1, 2.2, 3, 3.1, 3.2]]
-    assert np.allclose(found["regimes.largest.first half"], expected)
+    assert np.allclose(largest["first half"], expected)
 
 
 def test_blocks_to_sweep() -> None:

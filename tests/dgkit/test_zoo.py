@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 import dgkit
 from benchmarks.models import subject
-from dgbook.chapters import observe, samples
+from dgbook.chapters.sampling import observe, samples
 from dgbook.claims import paper
 from dgkit import zoo
 from dgkit.anatomy import TRANSFORMERS
