@@ -163,7 +163,7 @@ class Job:
         return self.conditions[index % len(self.conditions)]
 
     def image_seed(self, index: int) -> int:
-        """The seed of one image's generator, as in `dgbook.chapters.samples`."""
+        """The seed of one image's generator, as in `dgbook.chapters.sampling.samples`."""
         return self.seed * SEEDS + index
 
     def guidance(self) -> list[Any]:
