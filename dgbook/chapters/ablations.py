@@ -11,7 +11,7 @@ from scipy.stats import spearmanr
 from dgbook.chapters import study
 from dgbook.chapters.intervention import contrast, image_effects, summarise
 from dgbook.chapters.sampling import Images
-from dgbook.chapters.settings import Outcome, Setting, detail_guidance
+from dgbook.chapters.settings import Outcome, Setting, with_dg
 from dgbook.measures.judges import Judge
 from dgkit.anatomy import dissect
 
@@ -58,9 +58,9 @@ def ablation_settings(
     """
     w, w_cfg = scales
     return {
-        "block": {b: detail_guidance(w, b, dims) for b in range(len(dissect(pipe).blocks))},
-        "w": {value: detail_guidance(value, block, dims) for value in w_values},
-        "lambda": {value: detail_guidance(w_cfg, block, dims, value + 1) for value in lambda_values},
+        "block": {b: with_dg(w, b, dims) for b in range(len(dissect(pipe).blocks))},
+        "w": {value: with_dg(value, block, dims) for value in w_values},
+        "lambda": {value: with_dg(w_cfg, block, dims, value + 1) for value in lambda_values},
     }
 
 

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from dgbook.chapters.guidance import frechet_change
 from dgbook.chapters.sampling import Images, Samples, samples
-from dgbook.chapters.settings import Outcome, Setting, detail_guidance, sample, worse_copy
+from dgbook.chapters.settings import Outcome, Setting, sample, with_dg, worse_copy
 from dgbook.claims.names import label
 from dgbook.claims.results import Record
 from dgbook.measures import stats
@@ -47,7 +47,7 @@ def methods(pipe: Any, guidance_scale: float, block: int, dims: Sequence[int], s
         "apg": Setting(s, APG(scale=s)),
         "cfg++": Setting(s, CFGPlusPlus(scale=0.5)),
         "cfg-zero*": Setting(s, CFGZeroStar(scale=s, zero_steps=int(velocity))),
-        "cfg+dg": detail_guidance(1.0, block, dims, s),
+        "cfg+dg": with_dg(1.0, block, dims, s),
         "cfg+pag": Setting(s, PAG(scale=1.0)),
         "cfg+seg": Setting(s, SEG(scale=1.0)),
         "cfg+slg": Setting(s, SLG(scale=1.0)),
@@ -215,8 +215,7 @@ def reuse_values(
     """
     plain = sample(pipe, run, Setting(guidance_scale))
     outcomes = {
-        name: sample(pipe, run, detail_guidance(w, block, dims, guidance_scale, reuse=reuse))
-        for name, reuse in REUSES.items()
+        name: sample(pipe, run, with_dg(w, block, dims, guidance_scale, reuse=reuse)) for name, reuse in REUSES.items()
     }
     full = outcomes["every-1"].images
     moved = distance(plain.images, full).mean()

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from dgbook.chapters import study
 from dgbook.chapters.intervention import contrasts, image_effects, measures, summarise
-from dgbook.chapters.settings import Outcome, Setting, detail_guidance, worse_copy
+from dgbook.chapters.settings import Outcome, Setting, with_dg, worse_copy
 from dgbook.measures.judges import Judge
 from dgbook.measures.stats import Interval
 from dgkit.guidance import SEG, Autoguidance
@@ -33,9 +33,9 @@ def guidance_settings(
     """The four settings of Table 1 and Fig. 6, 7: no guidance, DG (Eq. 4), CFG (Eq. 1), CFG + DG (Eq. 5)."""
     return {
         "none": Setting(),
-        "dg": detail_guidance(w, block, dims),
+        "dg": with_dg(w, block, dims),
         "cfg": Setting(guidance_scale),
-        "cfg+dg": detail_guidance(w_cfg, block, dims, guidance_scale),
+        "cfg+dg": with_dg(w_cfg, block, dims, guidance_scale),
     }
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 
 from dgbook.chapters import study
 from dgbook.chapters.sampling import Images, samples
-from dgbook.chapters.settings import Outcome, Setting, detail_guidance, sample
+from dgbook.chapters.settings import Outcome, Setting, sample, with_dg
 from dgbook.claims import paper
 from dgbook.claims.names import label
 from dgbook.measures.datasets import as_samples, fashion_mnist
@@ -35,7 +35,7 @@ def open_study(*, seed_blocks: int, imagenet_features: bool, **sampled: Any) -> 
 
 def table_6_settings(w: float, block: int, dims: Sequence[int]) -> dict[str, tuple[Setting, bool]]:
     """The rows of Table 6: name to (setting, conditional?). The paper uses no CFG here."""
-    plain, guided = Setting(), detail_guidance(w, block, dims)
+    plain, guided = Setting(), with_dg(w, block, dims)
     return {"uncond": (plain, False), "uncond+dg": (guided, False), "cond": (plain, True), "cond+dg": (guided, True)}
 
 

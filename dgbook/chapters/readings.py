@@ -7,7 +7,7 @@ import pandas as pd
 
 from dgbook.chapters import study
 from dgbook.chapters.comparison import distance
-from dgbook.chapters.settings import Outcome, Setting, detail_guidance
+from dgbook.chapters.settings import Outcome, Setting, with_dg
 from dgbook.claims import paper
 from dgbook.claims.names import label
 from dgbook.claims.results import references
@@ -51,7 +51,7 @@ def settings(
 
     def dg(**changed: Any) -> Setting:
         options: dict[str, Any] = {"w": w, "block": block, "dims": dims, "guidance_scale": guidance_scale}
-        return detail_guidance(**options | changed)
+        return with_dg(**options | changed)
 
     ordered = trace.mean_abs()[block].argsort(descending=True).tolist()
     other = next(dim for dim in ordered if dim not in dims)

@@ -73,7 +73,7 @@ def sample_all(pipe: Any, run: Samples, settings: Mapping[Any, Setting]) -> dict
     return {name: sample(pipe, run, setting) for name, setting in settings.items()}
 
 
-def detail_guidance(w: float, block: int, dims: Sequence[int], guidance_scale: float = 1.0, **options: Any) -> Setting:
+def with_dg(w: float, block: int, dims: Sequence[int], guidance_scale: float = 1.0, **options: Any) -> Setting:
     """Detail Guidance with scale w, alone or beside CFG; `options` of `DG`. With w = 0 there is none to compute."""
     return Setting(guidance_scale, DG(scale=w, block=block, dims=list(dims), **options) if w else None)
 

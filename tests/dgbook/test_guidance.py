@@ -35,7 +35,7 @@ def counted(pipe, sample):
 def test_guidance_cost(pipe, run, block):
     depth = block + 1
     for guidance_scale, passes in ((1.0, 2), (4.0, 3)):
-        setting = settings.detail_guidance(1.5, block, DIMS, guidance_scale)
+        setting = settings.with_dg(1.5, block, DIMS, guidance_scale)
         guided, computed = counted(pipe, lambda setting=setting: settings.sample(pipe, run, setting))
         assert guided.block_evaluations == computed
         assert guided.cost_ratio == pytest.approx((passes * BLOCKS - depth) / (passes * BLOCKS))
@@ -51,7 +51,7 @@ def test_guide_without_dg_is_a_plain_run(pipe, run, guidance_scale):
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
 def test_guide_is_detail_guidance(pipe, run, guidance_scale):
-    guided = settings.sample(pipe, run, settings.detail_guidance(1.5, BLOCK, DIMS, guidance_scale)).images
+    guided = settings.sample(pipe, run, settings.with_dg(1.5, BLOCK, DIMS, guidance_scale)).images
     with dgkit.detail_guidance(pipe, scale=1.5, block=BLOCK, dims=DIMS, sharing="none"):
         expected = generate(pipe, run.conditions, run.seeds, num_inference_steps=2, guidance_scale=guidance_scale)
     assert np.array_equal(guided, expected)
@@ -75,7 +75,7 @@ def test_a_setting_at_another_scale():
     plain, beside = Setting(4.0), Setting(4.0, SEG(scale=1.0))
     assert (plain.scale, plain.at(2.0)) == (4.0, Setting(2.0))
     assert (beside.scale, beside.at(0.1)) == (1.0, Setting(4.0, SEG(scale=0.1)))
-    assert settings.detail_guidance(0.0, BLOCK, DIMS, 4.0) == plain  # nothing to compute
+    assert settings.with_dg(0.0, BLOCK, DIMS, 4.0) == plain  # nothing to compute
 
 
 def test_costs_of_settings(pipe, run):
@@ -156,7 +156,7 @@ def test_frechet_change_against_the_distances_themselves():
 def test_hooks_are_gone_after_the_experiments(pipe, run):
     layers.token_maps(pipe, run, BLOCK, 7, count=1)
     intervention.intervene(pipe, run.first(1), block=BLOCK, dims=DIMS, matched=[1], draws=1, seed=0)
-    settings.sample(pipe, run.first(1), settings.detail_guidance(1.0, BLOCK, DIMS, 4.0))
+    settings.sample(pipe, run.first(1), settings.with_dg(1.0, BLOCK, DIMS, 4.0))
     modules = [pipe.transformer, *(block.module for block in dissect(pipe).blocks)]
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 

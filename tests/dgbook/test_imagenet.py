@@ -11,7 +11,7 @@ from scipy.spatial.distance import cdist
 from scipy.special import softmax
 
 from dgbook.chapters import imagenet, sampling
-from dgbook.chapters.settings import Setting, detail_guidance
+from dgbook.chapters.settings import Setting, with_dg
 from dgbook.measures.classifier import fashion_classifier
 from dgbook.measures.stats import Interval
 from dgkit.paths import DATA
@@ -21,9 +21,9 @@ from tests.dgbook.chapter_examples import BLOCK, DIMS, outcome
 def test_table_6_settings():
     assert imagenet.table_6_settings(1.5, BLOCK, DIMS) == {
         "uncond": (Setting(), False),
-        "uncond+dg": (detail_guidance(1.5, BLOCK, DIMS), False),
+        "uncond+dg": (with_dg(1.5, BLOCK, DIMS), False),
         "cond": (Setting(), True),
-        "cond+dg": (detail_guidance(1.5, BLOCK, DIMS), True),
+        "cond+dg": (with_dg(1.5, BLOCK, DIMS), True),
     }
 
 
