@@ -22,6 +22,7 @@ import pandas as pd
 from huggingface_hub import snapshot_download
 
 from dgbook.downloads import Published, check_first_use, fetch
+from dgkit import checks
 from dgkit.errors import DataError, DgkitError
 from dgkit.paths import DATA
 
@@ -82,9 +83,7 @@ def load(name: str) -> list[Prompt]:
         DgkitError: unknown name.
         DataError: the set is neither here nor to be downloaded, or not the published one.
     """
-    if name not in SETS:
-        raise DgkitError(f"prompts={name!r} is not a known set: use one of {', '.join(SETS)}")
-    return SETS[name]()
+    return SETS[checks.one_of("prompts", name, SETS)]()
 
 
 def read_conditions(prompts: str | None, classes: str | None) -> tuple[list[Any], str]:
@@ -100,7 +99,7 @@ def read_conditions(prompts: str | None, classes: str | None) -> tuple[list[Any]
     if classes is not None:
         found = re.fullmatch(r"(\d+)-(\d+)", classes)
         if not found or int(found[2]) < int(found[1]):
-            raise DgkitError(f"classes={classes!r} is not allowed: give FIRST-LAST, such as 0-999")
+            checks.refuse("classes", classes, "give FIRST-LAST, such as 0-999")
         return list(range(int(found[1]), int(found[2]) + 1)), ""
     if prompts in SETS:
         return [prompt.condition for prompt in load(prompts)], prompts

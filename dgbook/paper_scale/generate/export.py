@@ -7,6 +7,7 @@ import numpy as np
 
 from dgbook.files import replacing
 from dgbook.paper_scale.generate.store import Store
+from dgkit import checks
 from dgkit.errors import DgkitError
 
 
@@ -28,7 +29,7 @@ def export_npz(folder: Path, path: Path) -> Path:
     path, store = Path(path), Store(folder)
     job = store.job
     if path.suffix != ".npz" or not path.parent.is_dir():
-        raise DgkitError(f"path={str(path)!r} is not allowed: give a file .npz in a folder that exists")
+        checks.refuse("path", str(path), "give a file .npz in a folder that exists")
     with replacing(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
         _write_images(store, archive)
         if isinstance(job.conditions[0], int):

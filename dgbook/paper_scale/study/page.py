@@ -101,7 +101,7 @@ def make(a: Path, b: Path, output: Path, seed: int = 0) -> Key:
     """
     output = Path(output)
     if output.suffix != ".html" or not output.parent.is_dir():
-        raise DgkitError(f"output={str(output)!r} is not allowed: give a file .html in a folder that exists")
+        checks.refuse("output", str(output), "give a file .html in a folder that exists")
     checks.integer("seed", seed, 0)
     first, second = _Folder(Path(a)), _Folder(Path(b))
     _check_pairing(first, second)
