@@ -16,11 +16,12 @@ from torch import Tensor, nn
 import training
 from dgbook.measures import datasets
 from dgbook.measures.judges import tile_captions
+from dgbook.measures.matcher import FEATURES, TileMatcher, load_matcher, matching_score
 from dgkit.errors import DgkitError, LoadError
 from dgkit.paths import DATA
 from training import matcher, reference
 from training.loop import Schedule
-from training.matcher import Recipe, TileMatcher, matching_score
+from training.matcher import Recipe
 from training.tiles import BACKGROUND, Caption, Tiles
 
 VOCABULARY = ["blue", "dragon", "monster", "red", "ring"]
@@ -70,7 +71,7 @@ def test_similarity_is_the_cosine_of_the_two_vectors(model: TileMatcher) -> None
 def test_features_have_bounded_memory_and_the_same_values(model: TileMatcher) -> None:
     images = random_images(501)
     features = model.features(images)
-    assert features.shape == (501, matcher.FEATURES)
+    assert features.shape == (501, FEATURES)
     torch.testing.assert_close(model.features(images[500:]), features[500:], rtol=0, atol=1e-5)
 
 
@@ -256,7 +257,7 @@ def test_the_whole_recipe_learns_and_is_read_back(
     assert (folder / "tile-matcher.toml").read_bytes() == (
         Path(training.__file__).parent / "tile-matcher.toml"
     ).read_bytes()
-    judge = matcher.load_matcher(folder)
+    judge = load_matcher(folder)
     images = fake_tiles.pixels[:22].movedim(1, -1).numpy()
     captions = [str(caption) for caption in fake_tiles.captions[:22]]
     assert matching_score(judge, images, captions, choices=2).mean() > 0.9
@@ -284,7 +285,7 @@ def test_a_folder_without_the_matchers_weights_is_an_error(weights: Any, config:
         elif content is not None:
             save_file(content, tmp_path / name)
     with pytest.raises(LoadError, match="TileMatcher"):
-        matcher.load_matcher(tmp_path)
+        load_matcher(tmp_path)
 
 
 # -------------------------------------------------------------------------------------------------- what is shipped
@@ -297,7 +298,7 @@ def test_the_shipped_matcher_is_small_and_of_the_shipped_recipe() -> None:
     trained = json.loads((folder / "training.json").read_text())["networks"]["matcher"]
     schedule = Recipe.read(recipe).schedule
     assert (trained["steps"], trained["batch"]) == (schedule.steps, schedule.batch)
-    assert trained["parameters"] == sum(p.numel() for p in matcher.load_matcher().parameters())
+    assert trained["parameters"] == sum(p.numel() for p in load_matcher().parameters())
 
 
 @pytest.fixture(scope="module")
@@ -310,7 +311,7 @@ def real_tiles() -> Tiles:
 
 
 def test_the_shipped_matcher_tells_captions_of_tiles_it_has_not_seen(real_tiles: Tiles) -> None:
-    judge, held_out = matcher.load_matcher(), real_tiles.held_out
+    judge, held_out = load_matcher(), real_tiles.held_out
     images = real_tiles.pixels[held_out].movedim(1, -1)
     captions = [str(real_tiles.captions[i]) for i in held_out.nonzero()[:, 0].tolist()]
     assert matching_score(judge, images, captions, pool=tile_captions()).mean() > 0.55

@@ -19,10 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import training
-from dgbook.measures import datasets
+from dgbook.measures import classifier, datasets
 from dgbook.measures.judges import FashionJudge
 from dgkit.errors import DataError, DgkitError, LoadError
-from training import classifier, dit, loop, measuring, quality
+from dgkit.paths import DATA
+from training import dit, loop, measuring, quality
 from training.loop import Schedule
 
 SCHEDULE = Schedule(steps=10, batch=4, lr=1e-2, warmup=3, ema=0.9, seed=1)
@@ -480,7 +481,7 @@ def test_the_shipped_classifier_recognises_real_images(real_test_set: tuple[Tens
 
 
 def test_the_shipped_classifier_is_small_and_its_logits_are_linear_in_its_features() -> None:
-    folder = classifier.DATA / "models" / "fashion-classifier"
+    folder = DATA / "models" / "fashion-classifier"
     assert (folder / "model.safetensors").stat().st_size <= 400_000
     model = classifier.load_classifier()
     images = np.random.default_rng(0).integers(0, 256, (501, 28, 28, 3), dtype=np.uint8)
