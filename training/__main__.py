@@ -1,15 +1,32 @@
-"""The small models: `python -m training train NAME`, `python -m training measure NAME`, `python -m training search`."""
+"""The small models: `python -m training train NAME`, `measure NAME`, `search`, `ingredients`."""
 
 import argparse
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import training
+from dgbook.chapters.ladder import RUNGS
+from dgbook.pages.variants import VARIANTS
 from dgbook.paths import build_dir
+from dgkit.checks import one_of
 from dgkit.errors import DgkitError
-from training import quality, search
+from training import ingredients, ladder, quality, search, text_quality, variants
+
+MEASURES: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "tiny-dit": quality.measure,
+    "fashion-classifier": quality.measure_classifier,
+    "tiny-sd3": text_quality.measure,
+    "tiny-flux": text_quality.measure,
+    "tile-matcher": text_quality.measure_matcher,
+    **dict.fromkeys(VARIANTS, variants.measure_variant),
+    **dict.fromkeys(RUNGS, ladder.measure_rung),
+}
+"""What measures each model, by name: takes the folder of its training."""
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Run one verb.
 
     Returns:
@@ -22,15 +39,21 @@ def main() -> int:
     for verb in (train, measure):
         verb.add_argument("name", metavar="NAME", help="e.g. tiny-dit")
     verbs.add_parser("search", help="short trainings with other recipes, to data/ladder/search.json")
-    arguments = parser.parse_args()
+    mixed = verbs.add_parser(
+        "ingredients", help="pixels or latents, noise or velocity, to data/ladder/ingredients.json"
+    )
+    mixed.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of all four")
+    arguments = parser.parse_args(argv)
     runs = build_dir() / "training"
     try:
         if arguments.verb == "train":
             training.train(arguments.name, runs / arguments.name)
         elif arguments.verb == "measure":
-            quality.MEASURES[quality.checked_name(arguments.name)](runs / arguments.name)
-        else:
+            MEASURES[one_of("name", arguments.name, MEASURES)](runs / arguments.name)
+        elif arguments.verb == "search":
             search.write(runs / "search")
+        else:
+            ingredients.measure(runs / "ingredients", arguments.lr)
     except DgkitError as error:
         print("training:", " ".join(str(error).split()), file=sys.stderr)
         return 2

@@ -1,343 +1,40 @@
-"""The cards (`README.md`) of the shipped models, written from the contents of `training.json` and `quality.json`."""
+"""The cards (`README.md`) of the shipped models: templates filled from `training.json` and `quality.json`."""
 
 import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from training import flow, text, tiles
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from training import text, tiles
 
 PSNR_BAR, AGREEMENT_BAR, RATIO_BAR = 28.0, 0.85, 8.0
 TILE_PSNR_BAR = 30.0
 
+FAMILIES = {
+    "tiny-sd3": "`SD3Transformer2DModel`, two CLIP text encoders, a T5 encoder, `AutoencoderKL` and "
+    "`FlowMatchEulerDiscreteScheduler` in a `StableDiffusion3Pipeline`",
+    "tiny-flux": "`FluxTransformer2DModel`, a CLIP text encoder, a T5 encoder, `AutoencoderKL` and "
+    "`FlowMatchEulerDiscreteScheduler` in a `FluxPipeline`",
+}
+
 Rows = list[tuple[str, ...]]
 
 
-def write_dit_card(folder: Path, training: dict[str, Any], quality: dict[str, Any]) -> None:
-    """Write the card of `tiny-dit`."""
-    peak = max(quality["massive"][-1]["ratio"])
-    guidance = f"guidance scale {quality['guidance_scale']:g}, {quality['steps']} steps"
-    measured: Rows = [
-        ("", "measured", "bar", ""),
-        (
-            f"PSNR of the autoencoder, mean over {quality['psnr_images']:,} test images",
-            f"{quality['psnr_db']:.2f} dB",
-            f"{PSNR_BAR:g} dB",
-            verdict(quality["psnr_db"] >= PSNR_BAR),
-        ),
-        (
-            f"samples that the classifier assigns to their class, {guidance}",
-            f"{quality['agreement']:.1%}",
-            f"{AGREEMENT_BAR:.0%}",
-            verdict(quality["agreement"] >= AGREEMENT_BAR),
-        ),
-        ("the same without classifier-free guidance", f"{quality['agreement_without_cfg']:.1%}", "", ""),
-        (
-            "largest channel over its block's median, last snapshot",
-            f"{peak:.1f}",
-            f"{RATIO_BAR:g}",
-            verdict(peak >= RATIO_BAR),
-        ),
-    ]
-    card = f"""# tiny-dit
-
-A small latent, class-conditional diffusion transformer in the classes of the real one: `DiTTransformer2DModel`,
-`AutoencoderKL` and `DDIMScheduler` in a `DiTPipeline`. 28 x 28 images of ten classes of clothing. Nothing in it
-is planted: whatever its activations do came from training alone.
-
-```python
-import torch
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("data/models/tiny-dit")
-image = pipe(
-    pipe.get_label_ids(["sneaker"]),
-    generator=torch.Generator().manual_seed(0),
-    guidance_scale={quality["guidance_scale"]:g},
-    num_inference_steps={quality["steps"]},
-).images[0]
-```
-
-![ten samples of each class](samples.png)
-
-{guidance.capitalize()}, seeds 0 to 99, none left out.
-
-## Data and recipe
-
-Data: {training["data"]}; its training split only. Grey pixels are repeated to three channels.
-The whole recipe is `tiny-dit.toml` beside this card; `python -m training train tiny-dit` repeats it. Weights: \
-{quality["bytes"] / 1e6:.1f} MB of safetensors in bfloat16.
-
-{table(networks(training))}
-
-## Measured quality
-
-{table(measured)}
-
-{quality["samples"]:,} samples of balanced classes, sample i from the noise of seed i, judged by `fashion-classifier`,
-which never saw a sample. With guidance, by class: {by_class(quality["agreement_of_class"])}.
-
-## Massive activations over training
-
-{massive_in_words(quality["massive"], "100 noised test images, ten timesteps")}
-
-{table(massive_rows(quality["massive"]))}
-
-## Detail Guidance
-
-Over a grid of w at the preset's block and dims: {quality["guidance_samples"]} samples from seeds of their own, Frechet
-distance of `fashion-classifier`'s features to the training set (not an FID), agreement with the class, and sharpness
-(variance of the Laplacian) relative to real images. The preset's w, without and with classifier-free guidance,
-are those of the grid whose sharpness comes closest to real images'.
-
-{table(guidance_rows(quality["guidance"]))}
-
-## Limits
-
-* Only the noise half of the output is trained. The learned-sigma half stays exactly zero, as initialised, so samplers
-  that use it (DDPM with learned variance) do not work; DDIM does not use it.
-* Ten labels, 0 to 9, and the null label 1000; the other rows of the label tables are zero and mean nothing.
-* 28 x 28 grey images: what holds here need not hold for large models.
-
-Licence: MIT, as the data.
-"""
-    (folder / "README.md").write_text(card)
-
-
-def write_classifier_card(folder: Path, training: dict[str, Any], quality: dict[str, Any]) -> None:
-    """Write the card of `fashion-classifier`."""
-    card = f"""# fashion-classifier
-
-A small convolutional network that judges samples of `tiny-dit`: ten logits say which class an image shows; its 64
-penultimate features take the place that Inception's features have on ImageNet. Distances between them are not FID.
-
-```python
-from dgbook.measures.classifier import load_classifier
-
-model = load_classifier()
-logits, features = model(images), model.features(images)  # images: uint8 (N, 28, 28, 3)
-```
-
-Accuracy on the {quality["test_images"]:,} images of the real test set: {quality["accuracy"]:.2%}.
-By class: {by_class(quality["accuracy_of_class"])}.
-
-Data: {training["data"]}; its training split only, never a generated image.
-The whole recipe is `fashion-classifier.toml` beside this card; `python -m training train \
-fashion-classifier` repeats it. Weights: {quality["bytes"] / 1e3:.0f} kB of safetensors in float16, loaded as float32.
-
-{table(networks(training))}
-
-Licence: MIT, as the data.
-"""
-    (folder / "README.md").write_text(card)
-
-
-def write_matcher_card(folder: Path, training: dict[str, Any], quality: dict[str, Any]) -> None:
-    """Write the card of `tile-matcher`."""
-    choices, colours = quality["choices"], quality["colours"]
-    measured: Rows = [
-        ("real tiles", "nearest to their own caption", "nearest to their own colour"),
-        *(
-            (words, interval(quality[split]), interval(quality[f"{split}_colours"]))
-            for split, words in (("held_out", "held out"), ("training", "of its own training"))
-        ),
-        ("chance", f"{1 / choices:.1%}", f"{1 / colours:.1%}"),
-    ]
-    card = f"""# tile-matcher
-
-A small dual encoder after CLIP (Radford et al. 2021) that judges samples of `tiny-sd3` and `tiny-flux`: images and
-captions become points on one sphere, and an image shows a caption if this is the nearest of several. Its penultimate
-image features take the place that Inception's features have on ImageNet. Distances between them are not FID.
-
-```python
-from dgbook.measures.matcher import load_matcher, matching_score
-
-matcher = load_matcher()
-right = matching_score(matcher, images, captions)  # images: uint8 (N, 32, 32, 3); bool (N,)
-similarity, features = matcher.similarity(images, captions), matcher.features(images)
-```
-
-## Measured on real tiles
-
-{table(measured)}
-
-Shares with Wilson's 95 % intervals. Nearest to its own caption: of {choices} distinct captions of the same split, the
-other {choices - 1} drawn at random for each tile. Nearest to its own colour: tiles whose caption names one colour,
-between this caption and the same with each other colour ({colours} in all). The first row is what new tiles reach; the
-second is higher by what the matcher knows by heart, and samples that resemble training tiles share in that.
-
-## Data and recipe
-
-Data: {training["data"]}; the tiles that the generators were trained on too, never a generated image, and it
-shares no weight with them. The whole recipe is `tile-matcher.toml` beside this card; `python -m training \
-train tile-matcher` repeats it.
-Weights: {quality["bytes"] / 1e3:.0f} kB of safetensors in float16, loaded as float32.
-
-{table(networks(training))}
-
-## Limits
-
-* Captions are bags of words made from file names: it knows no order and no grammar, ignores words that it does not
-  know, and inherits every name that says little about the picture.
-* Random captions mostly differ in kind (a ring, a wall, a dragon), so finding one's own among them says that the kind
-  is right more than that each word is. The colours are the harder question.
-* It errs on real tiles too: read a sample's score beside that of real tiles, not as a probability of being right.
-* Held-out tiles come in groups of variants, so they are fewer independent cases than their number, and the intervals
-  are somewhat too narrow.
-* 32 x 32 tiles over one grey. It has seen no photograph and no other background.
-
-Licence of the weights: MIT. The tiles are CC0.
-"""
-    (folder / "README.md").write_text(card)
-
-
-def write_text_card(folder: Path, training: dict[str, Any], recipe: flow.Recipe, quality: dict[str, Any]) -> None:
-    """Write the card of `tiny-sd3` or `tiny-flux`."""
-    name, s, matching, copies = (
-        training["model"],
-        quality["guidance_scale"],
-        quality["matching"],
-        quality["memorisation"],
-    )
-    family = {
-        "tiny-sd3": "`SD3Transformer2DModel`, two CLIP text encoders, a T5 encoder, `AutoencoderKL` and "
-        "`FlowMatchEulerDiscreteScheduler` in a `StableDiffusion3Pipeline`",
-        "tiny-flux": "`FluxTransformer2DModel`, a CLIP text encoder, a T5 encoder, `AutoencoderKL` and "
-        "`FlowMatchEulerDiscreteScheduler` in a `FluxPipeline`",
-    }[name]
-    call = "\n".join(f"    {argument}={json.dumps(value)}," for argument, value in quality["call"].items())
-    peak = max(quality["massive"][-1]["ratio"])
-    with_cfg = at_scale(matching["unseen_combinations"], s)
-    chance = 1 / matching["choices"]
-    measured: Rows = [
-        ("", "measured", "bar", ""),
-        (
-            f"PSNR of the autoencoder, mean over {quality['held_out_tiles']} held-out tiles",
-            f"{quality['psnr_db']:.2f} dB",
-            f"{TILE_PSNR_BAR:g} dB",
-            verdict(quality["psnr_db"] >= TILE_PSNR_BAR),
-        ),
-        (
-            f"samples of unseen combinations nearest to their own caption, guidance scale {s:g}",
-            interval(with_cfg),
-            f"above {chance:.1%}",
-            verdict(with_cfg["low"] > chance),
-        ),
-        (
-            "largest channel over its block's median, last snapshot",
-            f"{peak:.1f}",
-            f"{RATIO_BAR:g}",
-            verdict(peak >= RATIO_BAR),
-        ),
-    ]
-    suggested = [sharpest_match(quality["guidance"], scale) for scale in (1.0, s)]
-    dims = ", ".join(map(str, quality["guidance_dims"]))
-    card = f"""# {name}
-
-A small text-to-image diffusion transformer in the classes of the real one: {family}. \
-32 x 32 tiles of a dungeon game. Nothing in it is planted: whatever its activations do came from training alone.
-
-```python
-import torch
-from diffusers import DiffusionPipeline
-
-pipe = DiffusionPipeline.from_pretrained("data/models/{name}")
-image = pipe(
-    ["red dragon monster"],
-    generator=torch.Generator().manual_seed(0),
-{call}
-).images[0]
-```
-
-Every call needs these arguments: the pipeline's own defaults are those of large models. \
-`dgkit.sampling.generate` adds them.
-
-![64 samples with their captions](samples.png)
-
-Captions that are in no training tile: the colour never occurs with the object, though each word is known. Guidance
-scale {s:g}, {quality["steps"]} steps, seeds 0 to {with_cfg["n"] - 1}, none left out.
-
-## Data
-
-Data: {training["data"]}. {quality["training_tiles"]:,} tiles for training, {quality["held_out_tiles"]} held out.
-
-* Background: the tiles are transparent around their sprites. All lie over one grey ({tiles.BACKGROUND} of 255), since
-  no caption tells backgrounds apart; it is 0 for the networks and contrasts with dark outlines and highlights alike.
-* Captions: the words of a tile's path, the more special first: colours and shades of the file's name, its other words,
-  then the folders, the innermost first ("red robe armour item"). Left out are releases and dates, digits, words of one
-  or two letters, artists' and the code's own marks, and words of fewer than {tiles.RARE} tiles.
-* Held out: about one tile in sixteen. The split is between groups, so that variants stay together: tiles of the same
-  name but for digits and compass points, tiles nearer to each other than {tiles.NEAR:g} grey levels (root mean square),
-  and whatever these are linked with. The hash of a group's first path decides.
-
-## Recipe
-
-Rectified flow (Esser et al. 2024) with logit-normal noise levels in the latents of an autoencoder that `tiny-sd3` and
-`tiny-flux` share; text encoders from random weights, trained with the transformer by its loss alone; \
-{recipe.caption_dropout:.0%} of the captions empty, for classifier-free guidance; averaged weights. The whole recipe is
-`{name}.toml` beside this card, but for the autoencoder's, which has a file of its own in the package;
-`python -m training train {name}` repeats both.
-Weights: {quality["bytes"] / 1e6:.1f} MB of safetensors in bfloat16.
-
-{table(networks(training))}
-
-![loss along training](loss.png)
-
-Mean loss since the row before (`loss.csv` has the points of the plot):
-
-{table(loss_rows(quality["loss"]))}
-
-## Measured quality
-
-{table(measured)}
-
-Does an image show its caption? `tile-matcher`, which never saw a sample, picks the nearest of {matching["choices"]} \
-captions; right by chance in {chance:.1%}. Real tiles say what to expect: held-out ones of new samples, those of
-training, which the matcher learnt from, of samples like them. Shares with Wilson's 95 % intervals:
-
-{table(matching_rows(matching))}
-
-The other captions come from the same set (held-out, training, or unseen combinations). Colours: images whose caption
-names one colour, between this caption and the same with each other colour.
-
-## Does it memorise?
-
-{memorisation_in_words(copies, s)}
-
-{table(memorisation_rows(copies))}
-
-{interval(copies["nearest_has_the_caption"])} of the samples have as their nearest training tile one with the caption
-that they were asked for. Distances are root mean squares over pixels and colours, in grey levels of 255, to the
-training tiles as the autoencoder decodes them (held-out tiles decoded too). This distance is smaller for smooth images,
-and sees no copy that is shifted or recoloured.
-
-![the samples nearest to training tiles, above these](neighbours.png)
-
-The {copies["shown"]} nearest samples, each above its training tile, with the distance.
-
-## Massive activations over training
-
-{massive_in_words(quality["massive"], "noised held-out tiles under their own captions, image tokens, ten noise levels")}
-
-{table(massive_rows(quality["massive"]))}
-
-## Detail Guidance
-
-Over a grid of w at block {quality["guidance_block"]}, dims {dims}: {quality["guidance_samples"]} samples of training
-captions from seeds of their own, Frechet distance of `tile-matcher`'s features to the training tiles' (not an FID, and
-biased upward by the small number), agreement with the caption ({matching["choices"]} choices), and sharpness (variance
-of the Laplacian) relative to real tiles. Closest to real tiles' sharpness: w = {suggested[0]["w"]:g} without \
-classifier-free guidance, w = {suggested[1]["w"]:g} at guidance scale {s:g}.
-
-{table(guidance_rows(quality["guidance"]))}
-
-## Limits
-
-{limits(quality)}
-
-Licence of the weights: MIT. The tiles are CC0.
-"""
-    (folder / "README.md").write_text(card)
+def write(folder: Path, training: dict[str, Any], quality: dict[str, Any], **facts: Any) -> None:
+    """Write the card of the model in `folder`.
+
+    Args:
+        folder: of the model; `README.md` is written there.
+        training: the contents of its `training.json`.
+        quality: the contents of its `quality.json`.
+        facts: what else its template needs: the text-to-image models' "caption_dropout".
+    """
+    name = training["model"]
+    template = TEMPLATES.get_template(f"{'text-to-image' if name in FAMILIES else name}.md")
+    family = FAMILIES.get(name)
+    (folder / "README.md").write_text(template.render(training=training, quality=quality, family=family, **facts))
 
 
 def limits(quality: dict[str, Any]) -> str:
@@ -519,3 +216,24 @@ def verdict(met: bool) -> str:
 def by_class(shares: dict[str, float]) -> str:
     """Shares with their names, in one line."""
     return ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+
+
+TEMPLATES = Environment(
+    loader=FileSystemLoader(Path(__file__).parent / "card_templates"),
+    undefined=StrictUndefined,
+    keep_trailing_newline=True,
+    trim_blocks=True,
+    autoescape=False,  # Markdown, from our own numbers
+)
+TEMPLATES.filters["as"] = format
+TEMPLATES.globals |= {
+    function.__name__: function
+    for function in (
+        at_scale, by_class, guidance_rows, interval, limits, loss_rows, massive_in_words, massive_rows, matching_rows,
+        memorisation_in_words, memorisation_rows, networks, sharpest_match, table, verdict,
+    )
+} | {
+    "json": json.dumps,
+    "psnr_bar": PSNR_BAR, "agreement_bar": AGREEMENT_BAR, "ratio_bar": RATIO_BAR, "tile_psnr_bar": TILE_PSNR_BAR,
+    "background": tiles.BACKGROUND, "rare": tiles.RARE, "near": tiles.NEAR,
+}  # fmt: skip

@@ -8,7 +8,7 @@ width, blocks, steps, batches; uniform times; images and latents of mean 0 and v
 """
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -94,23 +94,24 @@ class Ingredients:
         return self.images(x)
 
 
-def measure(folder: Path, schedule: Schedule) -> Path:
+def measure(folder: Path, lr: float) -> Path:
     """Train the four in folders below `folder` (finished ones are not repeated) and write what they are.
 
     Args:
         folder: of the trainings.
-        schedule: of each, as long as `STEPS`.
+        lr: peak learning rate of each.
 
     Returns:
         The JSON file: a row per training with what `_facts` says.
     """
     recipe = Recipe.read(Path(__file__).parent / "tiny-dit.toml")
     vae = AutoencoderKL.from_pretrained(DATA / "models" / "tiny-dit" / "vae").float().to(device())
+    schedule = Schedule(steps=STEPS, batch=64, lr=lr, warmup=100, ema=0.999)
     rows, sheets = [], []
     for space in SPACES:
         for objective in OBJECTIVES:
             kind = Ingredients(space, objective, vae, DDIMScheduler(**recipe.scheduler | {"clip_sample": False}))
-            model = _trained(kind, recipe, replace(schedule, steps=STEPS), folder / f"{space}-{objective}")
+            model = _trained(kind, recipe, schedule, folder / f"{space}-{objective}")
             facts, sheet = _facts(kind, model)
             rows.append({"space": space, "objective": objective} | facts)
             sheets.append(sheet)

@@ -4,7 +4,6 @@
 """
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,8 @@ from torch import Tensor
 
 from dgbook.measures import datasets
 from dgbook.measures.classifier import accuracy, load_classifier
-from dgkit.errors import DgkitError
 from dgkit.sampling import generate
-from training import cards, text_quality
+from training import cards
 from training.dit import encode, to_rgb
 from training.loop import device
 from training.measuring import calibrate_guidance, finished, largest_channels, size_of
@@ -83,7 +81,7 @@ def measure(run: Path, *, guidance_scale: float = 4.0, steps: int = 20) -> dict[
     }
     (folder / "quality.json").write_text(json.dumps(quality, indent=2) + "\n")
     contact_sheet(guided[:SHEET]).save(folder / "samples.png", optimize=True)
-    cards.write_dit_card(folder, training, quality)
+    cards.write(folder, training, quality)
     return quality
 
 
@@ -163,40 +161,5 @@ def measure_classifier(run: Path) -> dict[str, Any]:
         },
     }
     (folder / "quality.json").write_text(json.dumps(quality, indent=2) + "\n")
-    cards.write_classifier_card(folder, training, quality)
+    cards.write(folder, training, quality)
     return quality
-
-
-def _measure_variant(run: Path) -> dict[str, Any]:
-    from training import variants
-
-    return variants.measure_variant(run)
-
-
-def _measure_rung(run: Path) -> dict[str, Any]:
-    from training import ladder
-
-    return ladder.measure_rung(run)
-
-
-MEASURES: dict[str, Callable[[Path], dict[str, Any]]] = {
-    "tiny-dit": measure,
-    "fashion-classifier": measure_classifier,
-    "tiny-sd3": text_quality.measure,
-    "tiny-flux": text_quality.measure,
-    **dict.fromkeys(("tiny-sd3-long", "tiny-sd3-wide"), _measure_variant),
-    "tile-matcher": text_quality.measure_matcher,
-    **dict.fromkeys(("tiny-dit-s", "tiny-dit-b", "tiny-dit-l", "tiny-dit-xl"), _measure_rung),
-}
-"""What measures each shipped model, by name: takes the run's folder."""
-
-
-def checked_name(name: str) -> str:
-    """`name` if there is something to measure under it.
-
-    Raises:
-        DgkitError: there is not.
-    """
-    if name not in MEASURES:
-        raise DgkitError(f"name={name!r} is not allowed: use one of {', '.join(MEASURES)}")
-    return name

@@ -131,7 +131,7 @@ def measure(run: Path) -> dict[str, Any]:
     training_curve(pd.read_csv(folder / "loss.csv")).savefig(folder / "loss.png", metadata={"Software": None})
     captioned_sheet(sheets[s], [*map(str, unseen)], columns=8).save(folder / "samples.png", optimize=True)
     neighbours.save(folder / "neighbours.png", optimize=True)
-    cards.write_text_card(folder, training, recipe, quality)
+    cards.write(folder, training, quality, caption_dropout=recipe.caption_dropout)
     return quality
 
 
@@ -154,7 +154,7 @@ def measure_matcher(run: Path) -> dict[str, Any]:
         **scores_of_real(matcher, tiles, held_out=False),
     }
     (folder / "quality.json").write_text(json.dumps(quality, indent=2) + "\n")
-    cards.write_matcher_card(folder, training, quality)
+    cards.write(folder, training, quality)
     return quality
 
 
