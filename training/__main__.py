@@ -51,7 +51,8 @@ def main(argv: list[str] | None = None) -> int:
         elif arguments.verb == "measure":
             MEASURES[one_of("name", arguments.name, MEASURES)](runs / arguments.name)
         elif arguments.verb == "search":
-            search.write(runs / "search")
+            for model in search.VARIATIONS:
+                search.search(model, runs / "search")
         else:
             ingredients.measure(runs / "ingredients", arguments.lr)
     except DgkitError as error:

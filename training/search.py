@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 
+from dgbook.files import write_whole
 from dgkit.paths import DATA
 from dgkit.recording import record
 from training import dit, flow
@@ -21,6 +22,7 @@ from training.tiles import Tiles
 
 RATES = (1e-3, 2e-3, 3e-3, 6e-3)
 STEPS, WARMUP = 600, 100
+FILE = DATA / "ladder" / "search.json"
 HEAD = 32
 """Channels of one attention head: a model is widened by whole heads."""
 
@@ -59,7 +61,7 @@ class Trial:
 
 
 def search(model: str, folder: Path) -> list[dict[str, Any]]:
-    """Run the trials of `model` in folders below `folder`; finished ones are not repeated, a killed one goes on.
+    """Run the trials of `model` in folders below `folder`; those in `FILE` are not repeated, a killed one goes on.
 
     Returns:
         A row per trial: its settings; "loss" on held-out images (see `loss_on_tiles`, `loss_on_test_images`); "seconds"
@@ -71,13 +73,9 @@ def search(model: str, folder: Path) -> list[dict[str, Any]]:
     return rows + [_row(replace(start, **variation), folder) for variation in VARIATIONS[model]]
 
 
-def write(folder: Path, models: tuple[str, ...] = tuple(VARIATIONS)) -> Path:
-    """Search for each of `models` and write all rows to `data/ladder/search.json`, after each model."""
-    path, rows = DATA / "ladder" / "search.json", []
-    for model in models:
-        rows += search(model, folder)
-        path.write_text(json.dumps(rows, indent=1) + "\n")
-    return path
+def known() -> list[dict[str, Any]]:
+    """The rows of `FILE`: of the trials that were run so far."""
+    return json.loads(FILE.read_text()) if FILE.is_file() else []
 
 
 def _rates(model: str) -> list[Trial]:
@@ -85,12 +83,15 @@ def _rates(model: str) -> list[Trial]:
 
 
 def _row(trial: Trial, folder: Path) -> dict[str, Any]:
-    path = folder / trial.name / "trial.json"
-    if not path.is_file():
-        row = asdict(trial) | (_dit if trial.model == "tiny-dit" else _text_to_image)(trial, folder / trial.name)
-        path.write_text(json.dumps(row) + "\n")
-        print(row, flush=True)
-    return json.loads(path.read_text())
+    """The row of one trial: from `FILE`, or measured now and added there."""
+    settings = asdict(trial)
+    for row in known():
+        if row.items() >= settings.items():
+            return row
+    row = settings | (_dit if trial.model == "tiny-dit" else _text_to_image)(trial, folder / trial.name)
+    write_whole(FILE, json.dumps([*known(), row], indent=1) + "\n")
+    print(row, flush=True)
+    return row
 
 
 def _schedule(trial: Trial, schedule: Any) -> Any:

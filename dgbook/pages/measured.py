@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable
 
-from dgbook.pages import across, at_scale, beside, exhibits, runs, variants, verdicts
+from dgbook.pages import across, at_scale, beside, exhibits, runs, search, variants, verdicts
 from dgkit.errors import DgkitError
 
 PARTS: dict[str, Callable[..., str]] = {
@@ -16,6 +16,7 @@ PARTS: dict[str, Callable[..., str]] = {
     "costs": at_scale.costs,
     "beside-paper": beside.beside_paper,
     "exhibits": exhibits.exhibits,
+    "search": search.trials,
     "variants": variants.trainings,
     "variants-outcomes": variants.outcomes,
     "runs": runs.runs,

@@ -1,0 +1,29 @@
+"""The short trainings that a recipe is chosen by (`training.search`), as the models page shows them."""
+
+import json
+
+from dgbook.markdown import code, table
+from dgkit.paths import DATA
+
+FILE = DATA / "ladder" / "search.json"
+
+
+def trials() -> str:
+    """A row per trial; the lowest loss of each model in bold."""
+    rows = json.loads(FILE.read_text())
+    lowest = {row["model"]: min(r["loss"] for r in rows if r["model"] == row["model"]) for row in rows}
+    lines = [
+        (
+            code(row["model"]),
+            f"{row['lr']:g}",
+            str(row["width"]),
+            str(row["batch"]),
+            f"{row['beta2']:g}",
+            f"{row['steps']:,}",
+            f"**{row['loss']:.4f}**" if row["loss"] == lowest[row["model"]] else f"{row['loss']:.4f}",
+            f"{row['ratio']:.1f} (block {row['block']})",
+        )
+        for row in rows
+    ]
+    head = ("", "peak rate", "channels", "batch", "beta2", "steps", "loss, held out", "largest channel / median")
+    return table(head, lines)
