@@ -18,7 +18,7 @@ SITE := _build/site
 EXECUTED := $(SITE)/executed
 SOURCES := $(shell find dgkit dgbook notebooks data -type f -not -name '*.pyc' -not -path '*/.*')
 PYTEST := $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile
-BUILD := cp -r _config.yml _toc.yml book $(SITE) && ln -sfn $(CURDIR)/data $(SITE)/data && \
+BUILD := cp -r _config.yml _toc.yml book data $(SITE) && \
     $(BIN)/jupyter-book build $(SITE) --path-output . --all -W -n --keep-going
 
 # idle OpenMP threads must not spin; "python3" kernels are this environment's, whatever the user has registered
