@@ -13,6 +13,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline
 
 from dgbook.files import write_whole
+from dgbook.pages.search import FILE
 from dgkit.paths import DATA
 from dgkit.recording import record
 from training import dit, flow
@@ -22,7 +23,6 @@ from training.tiles import Tiles
 
 RATES = (1e-3, 2e-3, 3e-3, 6e-3)
 STEPS, WARMUP = 600, 100
-FILE = DATA / "ladder" / "search.json"
 HEAD = 32
 """Channels of one attention head: a model is widened by whole heads."""
 
