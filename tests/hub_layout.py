@@ -2,10 +2,12 @@
 
 import os
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
+import torch
 
 from dgbook.downloads import Published
 
@@ -40,3 +42,10 @@ def put(item: Published, files: Mapping[str, bytes], home: Path) -> None:
         link.parent.mkdir(parents=True, exist_ok=True)
         if not link.is_symlink():
             link.symlink_to(os.path.relpath(blob, link.parent))
+
+
+def pickled(content: object) -> bytes:
+    """`content` as a file of `torch.save`."""
+    buffer = BytesIO()
+    torch.save(content, buffer)
+    return buffer.getvalue()

@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import replace
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from dgbook.paper_scale.scores import clip, scorer
 from dgbook.paper_scale.scores.blip import squared
 from dgbook.paper_scale.scores.weights import WEIGHTS
 from dgkit.errors import DataError, DgkitError
-from tests.hub_layout import folder_of, isolate, put
+from tests.hub_layout import folder_of, isolate, pickled, put
 
 PROMPTS = ["a red fox in the snow", "two cats", "an old map of the world on a wooden table, a lamp, a compass"]
 MEAN = np.array([0.48145466, 0.4578275, 0.40821073])
@@ -40,12 +39,6 @@ def pin(patch: pytest.MonkeyPatch, name: str, content: bytes) -> Published:
     """The row of `WEIGHTS`, with the hash of the test's own weights."""
     patch.setitem(WEIGHTS, name, replace(WEIGHTS[name], sha256=sha256(content)))
     return WEIGHTS[name]
-
-
-def pickled(content: object) -> bytes:
-    buffer = BytesIO()
-    torch.save(content, buffer)
-    return buffer.getvalue()
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import pickle
 import re
 from collections.abc import Iterator
 from dataclasses import replace
-from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,7 @@ from dgbook.measures.base import MetricId
 from dgbook.paper_scale.scores import METRICS, available, scorer
 from dgbook.paper_scale.scores.weights import WEIGHTS, MetricUnavailable, label, package, tensors, weights
 from dgkit.errors import DataError, DgkitError
-from tests.hub_layout import isolate, put
+from tests.hub_layout import isolate, pickled, put
 from tests.local_server import Server, serving
 
 HUB = Published(("model.safetensors", "pytorch_model.bin"), "MIT", 0.1, None, hub="owner/net", revision="a" * 40,
@@ -38,12 +37,6 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def pickled(content: object) -> bytes:
-    buffer = BytesIO()
-    torch.save(content, buffer)
-    return buffer.getvalue()
 
 
 @pytest.fixture(scope="module")
