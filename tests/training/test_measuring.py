@@ -25,7 +25,7 @@ from dgkit import zoo
 from dgkit.errors import DgkitError, LoadError
 from dgkit.paths import DATA
 from dgkit.sampling import generate
-from tests.training.test_tiny_text import WORDS, random_tiles, recipe_of, small_vae, trained_like
+from tests.training.test_flow import WORDS, random_tiles, recipe_of, small_vae, trained_like
 from training import cards, flow, ladder, measuring, text_quality, tiles, variants
 from training.__main__ import MEASURES, main
 from training.tiles import Caption, Tiles
