@@ -79,6 +79,11 @@ def sweep(outcomes: Mapping[Any, Outcome], baseline: Images, judge: Judge | None
     return pd.DataFrame(rows)
 
 
+def depth_strip(baseline: Images, outcomes: Mapping[int, Outcome]) -> dict[str, Images]:
+    """Images without guidance, and with DG at each block."""
+    return {"none": baseline} | {f"block {block}": guided.images for block, guided in outcomes.items()}
+
+
 def sweep_values(tables: Mapping[str, pd.DataFrame]) -> dict[str, Any]:
     """Every sweep as arrays (key, value, low, high), and what it does to sharpness.
 

@@ -172,6 +172,13 @@ def test_ablation_settings(pipe):
     }
 
 
+def test_the_strip_over_depth_begins_without_guidance() -> None:
+    images = [np.full((1, 2, 2, 3), level, np.uint8) for level in range(3)]
+    strip = ablations.depth_strip(images[2], {0: outcome(images[0]), 7: outcome(images[1])})
+    assert [*strip] == ["none", "block 0", "block 7"]
+    assert [int(batch.max()) for batch in strip.values()] == [2, 0, 1]
+
+
 def test_sweep_rows():
     images = random_images()
     table = ablations.sweep({0.5: outcome(halved(images)), 2.0: outcome(images)}, images, None)
