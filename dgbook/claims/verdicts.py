@@ -16,6 +16,7 @@ from dgbook.claims.derived import Values, value_at
 from dgbook.claims.results import Record, Result, reference_of, references
 from dgbook.markdown import plain, table
 from dgbook.measures.stats import Interval
+from dgkit.checks import one_of
 
 HOLDS, UNDECIDED, FAILS, NOT_MEASURED = "holds", "undecided", "does not hold", "not measured"
 
@@ -57,19 +58,19 @@ class Part:
     bound: float | str
     shown: str
 
-    def outcome(self, values: Values) -> "Outcome":
+    def answer(self, values: Values) -> "Answer":
         """What a result's values say of it."""
         try:
             bound = value_at(values, self.bound) if isinstance(self.bound, str) else self.bound
             word = compare(value_at(values, self.value), self.relation, bound)
         except KeyError:
-            return Outcome(self, NOT_MEASURED, "")
+            return Answer(self, NOT_MEASURED, "")
         numbers = re.sub(r"\{([^:}]+):?([^}]*)\}", lambda m: format(value_at(values, m[1]), m[2]), self.shown)
-        return Outcome(self, word, numbers)
+        return Answer(self, word, numbers)
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Answer:
     """What one result says of one part of a claim.
 
     Attributes:
@@ -90,11 +91,11 @@ class Outcome:
 class Verdict:
     """What one result says of a chapter's claim, part by part."""
 
-    outcomes: tuple[Outcome, ...]
+    answers: tuple[Answer, ...]
 
     def __str__(self) -> str:
         """ "reproduced" where every measured part holds, "not reproduced" where none does, else how many of them do."""
-        words = Counter(outcome.word for outcome in self.outcomes)
+        words = Counter(answer.word for answer in self.answers)
         measured, held = words.total() - words[NOT_MEASURED], words[HOLDS]
         if not measured:
             return NOT_MEASURED
@@ -105,12 +106,17 @@ class Verdict:
 
 @cache
 def parts() -> dict[str, tuple[Part, ...]]:
-    """The parts of each chapter's claim, by chapter; a chapter that claims nothing is left out."""
+    """The parts of each chapter's claim, by chapter; a chapter that claims nothing is left out.
+
+    Raises:
+        DgkitError: a relation that `compare` does not know.
+    """
     found: dict[str, tuple[Part, ...]] = {}
     for row in paper.parts().itertuples():
         claims = tuple(filter(None, row.claims.split("; ")))
         bound = float(row.bound) if re.fullmatch(r"-?[\d.]+", row.bound) else row.bound
-        part = Part(row.text, claims, row.value, row.relation, bound, row.shown)
+        relation = one_of("relation", row.relation, RELATIONS)
+        part = Part(row.text, claims, row.value, relation, bound, row.shown)
         found[row.chapter] = (*found.get(row.chapter, ()), part)
     return found
 
@@ -121,7 +127,7 @@ def verdict(chapter: str, values: Values) -> Verdict:
     Raises:
         KeyError: the chapter claims nothing.
     """
-    return Verdict(tuple(part.outcome(values) for part in parts()[chapter]))
+    return Verdict(tuple(part.answer(values) for part in parts()[chapter]))
 
 
 def of_references(chapter: str) -> dict[str, Verdict]:
@@ -140,7 +146,7 @@ def conclusion(result: Result) -> Markdown:
     paragraphs = []
     if result.name in parts():
         found = verdict(result.name, reference.decoded())
-        rows = [(plain(o.part.text), f"**{o.word}**", plain(o.numbers)) for o in found.outcomes]
+        rows = [(plain(a.part.text), f"**{a.word}**", plain(a.numbers)) for a in found.answers]
         paragraphs = [
             f"**Verdict on this model: {found}.** The paper's claim, part by part, by the reference run:",
             table(("part", "verdict", "numbers"), rows),

@@ -55,7 +55,7 @@ def across_models(chapter: str) -> str:
 
 def side_by_side(found: Mapping[str, Verdict]) -> list[tuple[str, ...]]:
     """The parts of a claim with what each verdict says of them: rows of a table."""
-    rows = zip(*(verdict.outcomes for verdict in found.values()), strict=True)
+    rows = zip(*(verdict.answers for verdict in found.values()), strict=True)
     return [(plain(row[0].part.text), *map(plain, row)) for row in rows]
 
 

@@ -62,7 +62,7 @@ def evidence() -> dict[str, list[Evidence]]:
     found: dict[str, list[Evidence]] = {claim: [] for claim in paper.claims()["id"]}
     for chapter in parts():
         judged = of_references(chapter)
-        for row in zip(*(verdict.outcomes for verdict in judged.values()), strict=True):
+        for row in zip(*(verdict.answers for verdict in judged.values()), strict=True):
             for model, outcome in zip(judged, row, strict=True):
                 for claim in outcome.part.claims if outcome.word != NOT_MEASURED else ():
                     found[claim].append(Evidence(outcome.part.text, chapter, model, outcome.word, outcome.numbers))

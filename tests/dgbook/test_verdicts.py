@@ -12,6 +12,7 @@ from dgbook.claims.results import Result
 from dgbook.claims.verdicts import compare
 from dgbook.measures.stats import Interval
 from dgbook.notebooks import NOTEBOOKS
+from dgkit.errors import DgkitError
 
 
 def tables(values: dict[str, Any]) -> dict[str, Any]:
@@ -156,7 +157,17 @@ def test_comparison_of_intervals(value: Any, relation: str, bound: Any, word: st
     assert compare(value, relation, bound) == word
 
 
+PARTS = paper.parts()
+
 # the table of parts ---------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_relation_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would otherwise be read as one of those that are known."""
+    monkeypatch.setattr(paper, "parts", lambda: PARTS.assign(relation="<="))
+    verdicts.parts.cache_clear()
+    with pytest.raises(DgkitError, match="relation='<=' is not allowed: use one of <, >, >="):
+        verdicts.parts()
 
 
 def test_the_table_is_about_claims_and_chapters_that_exist() -> None:
@@ -203,21 +214,21 @@ def test_all_parts_hold_for_what_is_read_back_from_a_result_file(chapter: str, t
     result = Result(chapter, model="m")
     result.update(tables(HOLDS[chapter]))
     found = verdicts.verdict(chapter, results.read(result.save()).decoded())
-    assert str(found) == "reproduced" and {outcome.word for outcome in found.outcomes} == {"holds"}
-    assert all(outcome.numbers for outcome in found.outcomes)
+    assert str(found) == "reproduced" and {answer.word for answer in found.answers} == {"holds"}
+    assert all(answer.numbers for answer in found.answers)
 
 
 @pytest.mark.parametrize(("chapter", "path", "value", "word"), ONE_PART_OFF)
 def test_one_part_that_does_not_hold_is_told(chapter: str, path: str, value: Any, word: str) -> None:
     found = verdicts.verdict(chapter, tables(HOLDS[chapter] | {path: value}))
-    words = [outcome.word for outcome in found.outcomes]
+    words = [answer.word for answer in found.answers]
     assert str(found) == f"{len(words) - 1} of {len(words)} parts reproduced"
     assert [other for other in words if other != "holds"] == [word]
 
 
 def test_nothing_measured_is_no_verdict() -> None:
     found = verdicts.verdict("03_intervention", {})
-    assert str(found) == "not measured" and {str(outcome) for outcome in found.outcomes} == {"not measured"}
+    assert str(found) == "not measured" and {str(answer) for answer in found.answers} == {"not measured"}
 
 
 def test_nothing_that_holds_is_not_reproduced() -> None:
@@ -232,13 +243,13 @@ def test_what_was_not_measured_does_not_count() -> None:
     measured = {path: value for path, value in HOLDS["04_detail_guidance"].items() if "high_frequency" in path}
     found = verdicts.verdict("04_detail_guidance", tables(measured))
     assert str(found) == "reproduced"
-    assert [outcome.word for outcome in found.outcomes].count("not measured") == 7
+    assert [answer.word for answer in found.answers].count("not measured") == 7
 
 
 def test_numbers_come_with_their_intervals() -> None:
-    shown = [*map(str, verdicts.verdict("02_timestep_vs_text", tables(HOLDS["02_timestep_vs_text"])).outcomes)]
+    shown = [*map(str, verdicts.verdict("02_timestep_vs_text", tables(HOLDS["02_timestep_vs_text"])).answers)]
     assert shown[0] == "holds: 0.80 [0.70, 0.90] against 0.05 [0.02, 0.08]" and shown[3] == "holds: 9 of 16 gates"
-    shown = [*map(str, verdicts.verdict("05_ablations", tables(HOLDS["05_ablations"])).outcomes)]
+    shown = [*map(str, verdicts.verdict("05_ablations", tables(HOLDS["05_ablations"])).answers)]
     assert shown[0] == "holds: block 1 of 0 to 2, sharpness times 1.50"
     assert shown[2] == "holds: agreement +0.00 (w = 0), +0.10 (w = 0.5), -0.02 (w = 1)"
     assert shown[4] == "holds: -1.00 [-1.40, -0.60]; APG -0.50 [-0.55, -0.20]"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dgbook.paper_scale.generate.store import Store
-from dgbook.paper_scale.generate.worker import MakeSampler, Outcome, Worker
+from dgbook.paper_scale.generate.worker import BlockReport, MakeSampler, Worker
 from dgkit.errors import DgkitError
 
 logger = logging.getLogger(__name__)
@@ -32,13 +32,13 @@ class _Actor:
         store = Store(self.folder)
         self.worker = Worker(store, self.make(store.job))
 
-    def run(self, block: int) -> Outcome:
+    def run(self, block: int) -> BlockReport:
         return self.worker.run(block)
 
 
 def outcomes(
     store: Store, blocks: Sequence[int], make: MakeSampler, workers: int | None
-) -> Generator[Outcome, None, None]:
+) -> Generator[BlockReport, None, None]:
     """Make blocks on the cluster that RAY_ADDRESS names, or on this machine; each as it gets done.
 
     A block that ends its worker twice is given up, with its reason kept in the store; the others go on.
@@ -143,7 +143,7 @@ def _reason(error: Exception) -> str:
     return f"{type(cause).__name__}: {str(cause).strip().partition(chr(10))[0]}"
 
 
-def _given_up(store: Store, block: int, reason: str) -> Outcome:
+def _given_up(store: Store, block: int, reason: str) -> BlockReport:
     wanted = store.missing(block)  # it may have kept its shard before it ended
     store.fail(block, dict.fromkeys(wanted, f"its block ended its worker {ATTEMPTS} times: {reason}"))
-    return Outcome(block, len(wanted), (f"block {block} ended {ATTEMPTS} workers and is given up: {reason}",))
+    return BlockReport(block, len(wanted), (f"block {block} ended {ATTEMPTS} workers and is given up: {reason}",))

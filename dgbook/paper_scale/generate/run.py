@@ -14,7 +14,7 @@ from dgbook.paper_scale.generate import cluster
 from dgbook.paper_scale.generate.job import Job
 from dgbook.paper_scale.generate.pipeline import PipelineSampler
 from dgbook.paper_scale.generate.store import Store
-from dgbook.paper_scale.generate.worker import MakeSampler, Outcome, Worker
+from dgbook.paper_scale.generate.worker import BlockReport, MakeSampler, Worker
 from dgbook.paths import build_dir
 from dgkit import checks
 from dgkit.errors import DgkitError
@@ -122,7 +122,7 @@ def run(
     return report
 
 
-def _outcomes(store: Store, blocks: Sequence[int], make: MakeSampler) -> Generator[Outcome, None, None]:
+def _outcomes(store: Store, blocks: Sequence[int], make: MakeSampler) -> Generator[BlockReport, None, None]:
     worker = Worker(store, make(store.job))
     for block in blocks:
         yield worker.run(block)

@@ -47,7 +47,7 @@ MakeSampler = Callable[[Job], Sampler]
 
 
 @dataclass(frozen=True)
-class Outcome:
+class BlockReport:
     """What became of one block: how many of its images failed, and what there is to say of it."""
 
     block: int
@@ -74,7 +74,7 @@ class Worker:
         self.remarks: list[str] = []
         self.commit = commit_and_changes()
 
-    def run(self, block: int) -> Outcome:
+    def run(self, block: int) -> BlockReport:
         """Make what is missing of a block, and keep it.
 
         Raises:
@@ -111,7 +111,7 @@ class Worker:
                 provenance["earlier"] = before.provenance  # of the images that were there
             self.store.write(block, Shard({**there, **made}, provenance))
         self.store.fail(block, reasons)
-        return Outcome(block, len(reasons), tuple(self.remarks))
+        return BlockReport(block, len(reasons), tuple(self.remarks))
 
     def _made(self, block: int, wanted: Sequence[int], reasons: dict[int, str]) -> dict[int, Image]:
         """Images of `wanted`; where that raises, of each half, down to single images, which get a reason instead.

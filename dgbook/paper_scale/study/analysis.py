@@ -36,7 +36,7 @@ COLUMNS = ("study", "annotator", "pair", "question", "left", "right", "chosen")
 
 
 @dataclass(frozen=True)
-class Outcome:
+class Analysis:
     """What a study found.
 
     Attributes:
@@ -111,7 +111,7 @@ class Outcome:
         return "\n".join(lines)
 
 
-def analyse(answers: Sequence[Path], key: Path | None = None) -> Outcome:
+def analyse(answers: Sequence[Path], key: Path | None = None) -> Analysis:
     """Win rates of the answers in CSV files, one or more per annotator; the same answer twice counts once.
 
     Args:
@@ -153,7 +153,7 @@ def analyse(answers: Sequence[Path], key: Path | None = None) -> Outcome:
         )
         left[question] = float(np.mean([c == side for c, side in zip(chosen, lefts, strict=True)]))
         counts[question] = len(cells)
-    return Outcome(found, dict(sorted(Counter(who for _, who, _ in rows).items())), wins, left, counts, digests)
+    return Analysis(found, dict(sorted(Counter(who for _, who, _ in rows).items())), wins, left, counts, digests)
 
 
 def two_way_share(values: ArrayLike, rows: Sequence[str], columns: Sequence[str]) -> Interval:
@@ -214,13 +214,13 @@ def results_path(key: Path) -> Path:
     return key.with_name(key.name.removesuffix(".json").removesuffix(".key") + ".results.json")
 
 
-def write_json(outcome: Outcome, path: Path) -> Path:
-    """Write the numbers of an outcome, and return `path`.
+def write_json(analysis: Analysis, path: Path) -> Path:
+    """Write the numbers of an analysis, and return `path`.
 
     Raises:
         DgkitError: it cannot be written.
     """
-    write_whole(path, json.dumps(outcome.as_dict(), indent=1, ensure_ascii=False) + "\n")
+    write_whole(path, json.dumps(analysis.as_dict(), indent=1, ensure_ascii=False) + "\n")
     return path
 
 
