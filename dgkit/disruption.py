@@ -1,5 +1,6 @@
 """Change what flows between the blocks of a diffusion transformer: `disrupt`."""
 
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -87,11 +88,13 @@ def disrupt(
     start: float = 0.0,
     stop: float = 1.0,
     keep_norm: bool = False,
+    transformer: str = "transformer",
 ) -> Iterator[Edit]:
     """Edit channels of one block's output in every pass inside the `with` (paper section 4.2 and appendix D).
 
     Args:
-        target: a pipeline or a bare transformer.
+        target: a pipeline, whose own runs are edited, not those of others that share the transformer; or a bare
+            transformer or its anatomy, all of whose calls are edited.
         block: zero-based block whose output is edited (the paper's depth m is `block + 1`).
         dims: the channels; for kind "random" the ones to leave alone.
         kind: "zero", "mean" or "random", see `Edit`.
@@ -102,6 +105,7 @@ def disrupt(
         keep_norm: let the later LayerNorms of the image tokens normalise with the mean and variance that the tokens
             would have with the removed values still there. Without it, zeroing a massive channel also makes all other
             channels larger in every later block. For the classes of SD3, Flux and DiT.
+        transformer: which of the pipeline's transformers, see `dgkit.anatomy.dissect`.
 
     Yields:
         The edit, whose `dims` are the channels really changed.
@@ -110,47 +114,61 @@ def disrupt(
         DgkitError: bad `block`, `dims`, `kind`, `seed`, `tokens`, `start` or `stop`.
         ModelError: see `dgkit.anatomy.dissect`; or `keep_norm` with another class or with compiled blocks.
     """
-    anatomy = dissect(target)
+    anatomy = dissect(target, transformer=transformer)
     edited = anatomy.block(block)
     edit = make_edit(anatomy, dims, kind, seed, tokens)
     part_of_steps(start, stop)
-    part = (start, stop) != (0, 1)
-    if part and isinstance(target, nn.Module):
+    whole = isinstance(target, nn.Module | Anatomy)
+    if (start, stop) != (0, 1) and whole:
         raise DgkitError(
             f"start={start!r}, stop={stop!r} is not allowed: a bare transformer has no steps, give a pipeline"
         )
     norms = anatomy.norms_after(block) if keep_norm else []
     if keep_norm and any(compiled(later.module) for later in anatomy.blocks[block + 1 :]):
         raise ModelError("keep_norm=True does not work with compiled blocks, whose LayerNorms cannot be reached")
-    active = [True]
-    removed: list[Tensor] = []  # z - edited z of this pass, (B, T, D), in the edited channels
+    now = _UnderWay()
 
     def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        removed.clear()
-        if part:
-            active[0] = Call.of(anatomy, args, kwargs, target).step.within(start, stop)
+        call = Call.of(anatomy, args, kwargs)
+        # by hand, without a loop, is as good as by the pipeline
+        now.active = whole or call.loop is None or call.loop.pipe is target
+        now.active = now.active and call.within(start, stop)
+        now.removed = None
 
-    def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        if not active[0]:
+    def change(module: nn.Module, args: Any, output: Any) -> Any:
+        if not now.active:
             return None
         image = edited.image(output)
         changed = edit(image)
         if keep_norm:
-            removed[:] = [(image - changed)[..., edit.dims]]
+            now.removed = (image - changed)[..., edit.dims]
         return edited.with_image(output, changed)
 
     def keep(norm: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        if removed and (degraded_pass.get() is not None or len(args[0]) != len(removed[0])):
+        if now.removed is None:
+            return None
+        if degraded_pass.get() is not None or len(args[0]) != len(now.removed):
             raise ModelError("keep_norm=True does not work inside guidance, which runs blocks on a part of the batch")
-        return _normalised_as_before(norm, args[0], removed[0], edit.dims).to(output.dtype) if removed else None
+        return _normalised_as_before(norm, args[0], now.removed, edit.dims).to(output.dtype)
 
     # before all other hooks, so that `record` sees what the later blocks see, in whatever order the two were entered
     with anatomy.follow(), ExitStack() as taps:
-        taps.callback(anatomy.model.register_forward_pre_hook(begin, with_kwargs=True).remove)
-        taps.callback(tap(edited.module, hook, first=True))
+        taps.enter_context(anatomy.watched(before=begin))
+        taps.callback(tap(edited.module, change, first=True))
         for norm in norms:
             taps.callback(tap(norm, keep))
         yield edit
+
+
+class _UnderWay(threading.local):
+    """The call under way in each thread: whether it is edited, and what that removed in the edited channels.
+
+    Attributes:
+        removed: z - edited z, (B, T, D).
+    """
+
+    active: bool = True
+    removed: Tensor | None = None
 
 
 def _normalised_as_before(norm: Any, tokens: Tensor, removed: Tensor, dims: list[int]) -> Tensor:

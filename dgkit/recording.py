@@ -1,5 +1,6 @@
 """Look at what flows between the blocks of a diffusion transformer: `record`."""
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from dgkit.anatomy import COND, Anatomy, Block, CallReader, Gate, Pass, degraded_pass, dissect
 from dgkit.checks import number, refuse
 from dgkit.errors import DgkitError
-from dgkit.taps import compiled, tap
+from dgkit.taps import compiled, hook, tap
 
 
 @dataclass
@@ -182,23 +183,33 @@ def _median(values: Tensor) -> Tensor:
 
 
 @contextmanager
-def record(target: Any, *, ratio: float = 5.0, track: Sequence[int] = (), keep: Sequence[int] = ()) -> Iterator[Trace]:
+def record(
+    target: Any,
+    *,
+    ratio: float = 5.0,
+    track: Sequence[int] = (),
+    keep: Sequence[int] = (),
+    cfg: str | None = None,
+    transformer: str = "transformer",
+) -> Iterator[Trace]:
     """Record the block outputs and residual gates of every pass inside the `with`.
 
     Args:
-        target: a pipeline, or a bare transformer (whose rows are then labelled "unknown").
+        target: a pipeline; or a bare transformer or its anatomy (whose rows are labelled "unknown" without `cfg`).
         ratio: r of the token condition, see `Trace.ratio`.
         track: dims whose mean |z| is kept per image, timestep and block.
         keep: blocks whose full image tokens are kept (memory grows with every pass).
+        cfg: how the rows of a call are to be labelled, where dgkit does not know: see `guide`.
+        transformer: which of the pipeline's transformers, see `dgkit.anatomy.dissect`.
 
     Yields:
         The trace, filled while the pipeline runs.
 
     Raises:
         DgkitError: `ratio` is not above 1, or a dim or block does not exist.
-        ModelError: see `dgkit.anatomy.dissect`.
+        ModelError: see `dgkit.anatomy.dissect` and `guide`.
     """
-    anatomy = dissect(target)
+    anatomy = dissect(target, transformer=transformer)
     number("ratio", ratio, above=1, allowed="a token is massive above ratio x the median, ratio > 1")
     if not isinstance(keep, Sequence):
         refuse("keep", keep, "give a list of blocks")
@@ -208,36 +219,46 @@ def record(target: Any, *, ratio: float = 5.0, track: Sequence[int] = (), keep: 
         [] if isinstance(track, Sequence) and not track else anatomy.dims(track),
         [anatomy.block(index).index for index in keep],
     )
-    read = CallReader(target, anatomy)
-    current: list[Pass] = []  # the pass under way, announced by the transformer's pre-hook
+    read = CallReader(target, anatomy, cfg)
+    now, lock = _UnderWay(), threading.Lock()
 
     def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = read(args, kwargs)
-        current[:] = [Pass(call.labels, call.timesteps)]
+        now.current = Pass(call.labels, call.timesteps)
 
     def watch_block(block: Block) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            now = degraded_pass.get() or current[0]
-            if block.index >= now.edited_block:
-                trace.add_block(block.index, block.image(output).detach(), now)
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            current = degraded_pass.get() or now.current
+            if block.index >= current.edited_block:
+                image = block.image(output).detach()
+                with lock:
+                    trace.add_block(block.index, image, current)
 
-        return hook
+        return after
 
     def watch_gate(row: int, gate: Gate) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            now = degraded_pass.get() or current[0]
-            if trace.gate_rows[row][0] > now.edited_block:
-                trace.add_gate(row, gate.read(module, args, kwargs, output).detach(), now)
+        def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            current = degraded_pass.get() or now.current
+            if trace.gate_rows[row][0] > current.edited_block:
+                alpha = gate.read(module, args, kwargs, output).detach()
+                with lock:
+                    trace.add_gate(row, alpha, current)
 
-        return hook
+        return after
 
-    with anatomy.follow(), ExitStack() as handles:
-        handles.callback(anatomy.model.register_forward_pre_hook(begin, with_kwargs=True).remove)
+    with anatomy.follow(), ExitStack() as taps:
+        taps.enter_context(anatomy.watched(before=begin))
         row = 0
         for block in anatomy.blocks:
-            handles.callback(tap(block.module, watch_block(block)))
+            taps.callback(tap(block.module, watch_block(block)))
             for gate, module in block.gates:
                 if not compiled(block.module):  # its graph would take the hook in, and be compiled anew for each batch
-                    handles.callback(module.register_forward_hook(watch_gate(row, gate), with_kwargs=True).remove)
+                    taps.callback(hook(module, "register_forward_hook", watch_gate(row, gate), with_kwargs=True))
                 row += 1
         yield trace
+
+
+class _UnderWay(threading.local):
+    """The pass under way in each thread, announced before the transformer's call."""
+
+    current: Pass

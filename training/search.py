@@ -26,11 +26,13 @@ STEPS, WARMUP = 600, 100
 HEAD = 32
 """Channels of one attention head: a model is widened by whole heads."""
 
+HALF_BATCH = {"batch": 32, "steps": 2 * STEPS}
+"""As many images in smaller batches."""
+
 VARIATIONS: dict[str, tuple[dict[str, Any], ...]] = {
-    # half the batch for twice the steps: as many images
-    "tiny-sd3": ({"width": 128}, {"batch": 32, "steps": 2 * STEPS}, {"beta2": 0.95}),
-    "tiny-dit": ({"beta2": 0.95},),
-    "tiny-flux": ({"beta2": 0.95},),
+    "tiny-sd3": ({"width": 128}, HALF_BATCH, {"beta2": 0.95}),
+    "tiny-dit": (HALF_BATCH, {"beta2": 0.95}),
+    "tiny-flux": (HALF_BATCH, {"beta2": 0.95}),
 }
 
 

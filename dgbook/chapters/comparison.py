@@ -16,7 +16,7 @@ from dgbook.claims.results import Record
 from dgbook.measures import stats
 from dgbook.measures.judges import Judge, judge_of
 from dgbook.measures.spectrum import sharpness
-from dgkit.anatomy import dissect, pipeline_row
+from dgkit.anatomy import dissect, predicted
 from dgkit.errors import DgkitError
 from dgkit.guidance import APG, CFG, PAG, SEG, SLG, TPG, Autoguidance, BlockDrop, CFGPlusPlus, CFGZeroStar, Reuse
 
@@ -39,7 +39,7 @@ def methods(pipe: Any, guidance_scale: float, block: int, dims: Sequence[int], s
     PAG, SEG, SLG, TPG work on the middle block. Autoguidance's worse model is `settings.worse_copy`; without one it is
     left out. CFG-Zero* has its zero step in models that predict the velocity; DiT predicts noise.
     """
-    s, velocity, worse = guidance_scale, pipeline_row(pipe).velocity, worse_copy(pipe, seed)
+    s, velocity, worse = guidance_scale, predicted(pipe) == "velocity", worse_copy(pipe, seed)
     return {
         "none": Setting(),
         BASELINE: Setting(s),

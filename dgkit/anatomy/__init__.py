@@ -1,16 +1,29 @@
 """What dgkit knows about the insides of diffusers' transformers and pipelines. Nothing else in the package does."""
 
-from dgkit.anatomy.calls import Call, CallReader, Pass, Step, calling_pipeline, degraded_pass
+from dgkit.anatomy.calls import Call, CallReader, Pass, Step, degraded_pass, predicted
 from dgkit.anatomy.dissection import Anatomy, Block, dissect
 from dgkit.anatomy.gates import Gate
-from dgkit.anatomy.pipelines import COND, DEGRADED, PIPELINES, UNCOND, UNKNOWN, pipeline_row
+from dgkit.anatomy.loops import Loop, Runs
+from dgkit.anatomy.pipelines import (
+    COND,
+    DEGRADED,
+    NO_CFG,
+    PIPELINES,
+    TWO_CALLS,
+    UNCOND,
+    UNKNOWN,
+    Pipeline,
+    pipeline_row,
+)
 from dgkit.anatomy.transformers import TRANSFORMERS, Stack, Transformer
 
 __all__ = [
     "COND",
     "DEGRADED",
+    "NO_CFG",
     "PIPELINES",
     "TRANSFORMERS",
+    "TWO_CALLS",
     "UNCOND",
     "UNKNOWN",
     "Anatomy",
@@ -18,12 +31,15 @@ __all__ = [
     "Call",
     "CallReader",
     "Gate",
+    "Loop",
     "Pass",
+    "Pipeline",
+    "Runs",
     "Stack",
     "Step",
     "Transformer",
-    "calling_pipeline",
     "degraded_pass",
     "dissect",
     "pipeline_row",
+    "predicted",
 ]

@@ -1,7 +1,8 @@
 """A transformer taken apart: its blocks, the image tokens in what they put out, and the rows of its calls."""
 
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,17 +11,24 @@ from torch import Tensor, nn
 
 from dgkit.anatomy.arguments import consecutive, map_arguments, map_tensors, named
 from dgkit.anatomy.gates import Gate
-from dgkit.anatomy.transformers import MSA2, TRANSFORMERS, Stack, Transformer
+from dgkit.anatomy.loops import contexts_noted, loop_under_way
+from dgkit.anatomy.pipelines import row_of_class
+from dgkit.anatomy.transformers import MSA2, TRANSFORMERS, Stack, Transformer, research_row
 from dgkit.checks import distinct, integer
 from dgkit.errors import ModelError
-from dgkit.taps import compiled
+from dgkit.taps import AfterCall, BeforeCall, Watched, compiled, forward_of, hook, standing_in
 
 
-@dataclass
-class Layout:
-    """How many image tokens the last call of the transformer had; None before the first."""
+class Layout(threading.local):
+    """Where the image tokens are in the call under way, in each thread.
+
+    Attributes:
+        tokens: how many image tokens there are, those of reference images included; None before the first call.
+        generated: how many of them, the first ones, are the image that is generated; None: all.
+    """
 
     tokens: int | None = None
+    generated: int | None = None
 
 
 @dataclass(frozen=True)
@@ -39,21 +47,26 @@ class Block:
             ModelError: `output` does not hold as many tokens as the transformer's call has image tokens.
         """
         tokens = output if self.stack.image is None else output[self.stack.image]
-        if self.stack.text is None:
-            return tokens
-        count = self._count(tokens)
-        return tokens[:, -count:] if self.stack.text == "before" else tokens[:, :count]
+        start, stop = self._place(tokens)
+        return tokens if (start, stop) == (0, tokens.shape[1]) else tokens[:, start:stop]
 
     def with_image(self, output: Any, image: Tensor) -> Any:
         """A copy of `output` with `image` as its image tokens."""
-        if self.stack.text is not None:
-            tokens = output if self.stack.image is None else output[self.stack.image]
-            count = self._count(tokens)
-            before = self.stack.text == "before"
-            image = torch.cat([tokens[:, :-count], image] if before else [image, tokens[:, count:]], 1)
+        tokens = output if self.stack.image is None else output[self.stack.image]
+        start, stop = self._place(tokens)
+        if (start, stop) != (0, tokens.shape[1]):
+            image = torch.cat([tokens[:, :start], image, tokens[:, stop:]], 1)
         if self.stack.image is None:
             return image
         return (*output[: self.stack.image], image, *output[self.stack.image + 1 :])
+
+    def _place(self, tokens: Any) -> tuple[int, int]:
+        """From where to where the image that is generated stands among `tokens` (B, T, C)."""
+        if self.stack.text is None and self.layout.generated is None:
+            return 0, tokens.shape[1]
+        count = tokens.shape[1] if self.stack.text is None else self._count(tokens)
+        start = tokens.shape[1] - count if self.stack.text == "before" else 0
+        return start, start + (count if self.layout.generated is None else self.layout.generated)
 
     def _count(self, tokens: Any) -> int:
         """The number of image tokens among `tokens`, which must have room for them."""
@@ -133,12 +146,12 @@ class Anatomy:
         Raises (in the call):
             ModelError: image tokens that start at different places in the rows of one batch.
         """
-        if self.row.tokens is None:
-            yield
-            return
         count, before = self.row.tokens, any(stack.text == "before" for stack in self.row.stacks)
 
         def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.layout.generated = _generated_tokens()
+            if count is None:
+                return
             arguments = named(module, args, kwargs)
             lengths = self.row.text_lengths(arguments) if self.row.text_lengths else [0]
             if before and len(set(lengths)) > 1:
@@ -148,11 +161,30 @@ class Anatomy:
                 )
             self.layout.tokens = count(module, arguments)
 
-        handle = self.model.register_forward_pre_hook(read, with_kwargs=True)
-        try:
+        with self.watched(before=read), contexts_noted(self.model):
             yield
-        finally:
-            handle.remove()
+
+    @contextmanager
+    def watched(self, before: BeforeCall | None = None, after: AfterCall | None = None) -> Iterator[None]:
+        """Inside, `before(model, args, kwargs)` and `after(model, args, kwargs, output)` run around each call.
+
+        What `after` returns, if anything, is the output.
+        """
+        with ExitStack() as taps:
+            if self.row.direct:
+                made = taps.enter_context(standing_in(self.model, "forward", Watched))
+                taps.enter_context(made.watched(before, after))
+                yield
+                return
+            if before is not None:
+                taps.callback(hook(self.model, "register_forward_pre_hook", before, with_kwargs=True))
+            if after is not None:
+                taps.callback(hook(self.model, "register_forward_hook", after, with_kwargs=True))
+            yield
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The transformer's forward, past whoever watches its calls."""
+        return forward_of(self.model)(*args, **kwargs)
 
     def select_rows(
         self, args: tuple[Any, ...], kwargs: dict[str, Any], rows: list[int], batch: int
@@ -205,27 +237,43 @@ class Anatomy:
         )
 
 
-def dissect(target: Any) -> Anatomy:
-    """The anatomy of a pipeline's transformer or of a bare transformer.
+def _generated_tokens() -> int | None:
+    """How many image tokens are generated, in pipelines whose image stream holds reference images as well."""
+    loop = loop_under_way()
+    row = None if loop is None else row_of_class(loop.caller)
+    return loop.tokens if loop is not None and row is not None and row.references else None
+
+
+def dissect(target: Any, row: Transformer | None = None, *, transformer: str = "transformer") -> Anatomy:
+    """The anatomy of a pipeline's transformer or of a bare transformer; of an anatomy, itself.
+
+    Args:
+        target: a pipeline, a transformer or an anatomy.
+        row: what is needed to know of a class that dgkit does not know, see `Transformer`.
+        transformer: which of a pipeline's transformers; Wan 2.2 also has "transformer_2".
 
     Raises:
-        ModelError: `target` is neither, or its transformer's class has no row in `TRANSFORMERS`, or the transformer is
-            compiled as a whole (a compiled module ignores hooks that are added later; compile its blocks instead).
+        ModelError: `target` is none of these, or its transformer's class has no row in `TRANSFORMERS`, nor is it built
+            as facebookresearch's DiT, and no `row` is given; or the transformer is compiled as a whole (a compiled
+            module ignores hooks that are added later; compile its blocks instead).
     """
-    model = getattr(target, "transformer", target)
+    if isinstance(target, Anatomy):
+        return target
+    model = target if isinstance(target, nn.Module) else getattr(target, transformer, None)
     # torch.compile(model) wraps the module as `_orig_mod`; model.compile() sets `_compiled_call_impl`
     if isinstance(model, nn.Module) and compiled(model):
         raise ModelError(
             "the transformer is compiled as a whole, which ignores hooks added later: use the uncompiled transformer, "
             "or compile block by block (`for block in transformer.transformer_blocks: block.compile()`)"
         )
-    name = type(model).__name__
-    if name not in TRANSFORMERS:
+    name = type(target if model is None else model).__name__
+    row = row or TRANSFORMERS.get(name) or (research_row(model) if isinstance(model, nn.Module) else None)
+    if row is None or not isinstance(model, nn.Module):
         raise ModelError(
-            f"expected a diffusers pipeline with a transformer, or a transformer of class {', '.join(TRANSFORMERS)}, "
-            f"got {name} (to add a class: one row in dgkit.anatomy.TRANSFORMERS)"
+            f"expected a diffusers pipeline with a {transformer}, or a transformer of class {', '.join(TRANSFORMERS)}, "
+            f"got {name} (of another class: give dgkit.dissect(transformer, row), see dgkit.anatomy.Transformer)"
         )
-    row, layout = TRANSFORMERS[name], Layout()
+    layout = Layout()
     blocks = [(stack, module) for stack in row.stacks for module in model.get_submodule(stack.path).children()]
     return Anatomy(
         model=model,

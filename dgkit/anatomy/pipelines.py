@@ -1,85 +1,161 @@
-"""What a pipeline's calls of its transformer mean: to add a pipeline class, add a row to `PIPELINES`."""
+"""How pipelines run classifier-free guidance (CFG): to add a pipeline class, add its name to a row of `PIPELINES`."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from dgkit.checks import one_of
 from dgkit.errors import ModelError
 
-if TYPE_CHECKING:
-    from dgkit.anatomy.calls import Call
-
 COND, UNCOND, DEGRADED, UNKNOWN = "cond", "uncond", "degraded", "unknown"
+
+COND_FIRST, UNCOND_FIRST, TWO_CALLS, NO_CFG = "cond, uncond", "uncond, cond", "two calls", "none"
+CFG_WAYS = (UNCOND_FIRST, COND_FIRST, TWO_CALLS, NO_CFG)
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """The row of one family of pipelines.
+    """The row of pipeline classes that run CFG in the same way.
 
     Attributes:
+        cfg: "uncond, cond" and "cond, uncond": one call of the transformer on a doubled batch, in this order; "two
+            calls": one call for each, the conditional first unless the pipeline says otherwise by the name of its
+            `cache_context`; "none": every row is conditional.
         condition: the argument of `__call__` that holds the prompts or classes.
-        rows: labels the batch rows of a transformer call, from that and the latents of the call before.
-        velocity: whether the transformer predicts the velocity of rectified flow; else the noise of a VP diffusion.
-        guidance: arguments of `__call__` for s of u + s (c - u) and a number of images; s = 1 is no CFG.
-        batched_cfg: whether CFG is one call on a doubled batch; else a second call, of which the first cannot know.
+        scale: the argument that holds s of u + s (c - u).
+        off: its value for s = 1, which is no CFG: 0 where the pipeline has c + (s - 1) (c - u).
+        after: what the pipeline does with u + s (c - u) before the step, on which guidance has no influence.
+        references: whether the image stream also holds the tokens of reference images, behind those generated.
+        negated: whether the transformer predicts the negative velocity.
     """
 
-    condition: str
-    rows: Callable[["Call", Tensor | None], tuple[str, ...]]
-    velocity: bool
-    guidance: Callable[[float, int], dict[str, Any]] = lambda s, count: {"guidance_scale": s}
-    batched_cfg: bool = True
+    cfg: str
+    condition: str = "prompt"
+    scale: str = "guidance_scale"
+    off: float = 1.0
+    after: str = ""
+    references: bool = False
+    negated: bool = False
+
+    def guidance(self, s: float, count: int) -> dict[str, Any]:
+        """Arguments of `__call__` for the scale s and a number of images; s = 1 is no CFG."""
+        if self.scale == "guidance_scale":
+            return {"guidance_scale": s - 1 + self.off}
+        # `guidance_scale` is the distilled one there; without a negative prompt the true scale is silently ignored
+        return {self.scale: s, "negative_prompt": [""] * count} if s > 1 else {}
 
 
-def _sd3_rows(call: "Call", previous: Tensor | None) -> tuple[str, ...]:
-    if call.pipe.do_classifier_free_guidance and call.halves_equal:
-        return (UNCOND,) * (call.batch // 2) + (COND,) * (call.batch // 2)
-    return (COND,) * call.batch
+_TRUE_CFG = Pipeline(TWO_CALLS, scale="true_cfg_scale")
+_Z_IMAGE = Pipeline(COND_FIRST, off=0.0, negated=True, after="with `cfg_normalization`, limits its norm")
+_NORM = "rescales it to the norm of the conditional prediction"
+_STD = "with `guidance_rescale`, rescales it to the standard deviation of the conditional prediction"
+
+_ROWS: tuple[tuple[Pipeline, str], ...] = (
+    (
+        Pipeline(UNCOND_FIRST),
+        """
+        StableDiffusion3Pipeline StableDiffusion3Img2ImgPipeline StableDiffusion3InpaintPipeline
+        StableDiffusion3ControlNetPipeline StableDiffusion3ControlNetInpaintingPipeline
+        PixArtAlphaPipeline PixArtSigmaPipeline SanaPipeline SanaControlNetPipeline AuraFlowPipeline
+        HiDreamImagePipeline CogView3PlusPipeline BriaPipeline
+        CogVideoXPipeline CogVideoXImageToVideoPipeline CogVideoXVideoToVideoPipeline CogVideoXFunControlPipeline
+        MochiPipeline
+        """,
+    ),
+    (Pipeline(UNCOND_FIRST, after=_STD), "HunyuanDiTPipeline LTXPipeline LTXImageToVideoPipeline LTXConditionPipeline"),
+    (Pipeline(COND_FIRST, condition="class_labels"), "DiTPipeline"),
+    (_Z_IMAGE, "ZImagePipeline ZImageImg2ImgPipeline ZImageInpaintPipeline ZImageControlNetPipeline"),
+    (
+        _TRUE_CFG,
+        """
+        FluxPipeline FluxImg2ImgPipeline FluxInpaintPipeline FluxControlNetPipeline
+        HunyuanVideoPipeline HunyuanVideoImageToVideoPipeline
+        """,
+    ),
+    (
+        Pipeline(NO_CFG),
+        """
+        FluxControlNetImg2ImgPipeline FluxControlNetInpaintPipeline
+        FluxControlPipeline FluxControlImg2ImgPipeline FluxControlInpaintPipeline FluxFillPipeline
+        SanaSprintPipeline SanaSprintImg2ImgPipeline
+        """,
+    ),
+    (replace(_TRUE_CFG, references=True), "FluxKontextPipeline FluxKontextInpaintPipeline"),
+    (Pipeline(NO_CFG, references=True), "Flux2Pipeline"),
+    (Pipeline(TWO_CALLS, references=True), "Flux2KleinPipeline Flux2KleinInpaintPipeline LongCatImageEditPipeline"),
+    (
+        replace(_TRUE_CFG, after=_NORM),
+        """
+        QwenImagePipeline QwenImageImg2ImgPipeline QwenImageInpaintPipeline
+        QwenImageControlNetPipeline QwenImageControlNetInpaintPipeline
+        """,
+    ),
+    (
+        replace(_TRUE_CFG, after=_NORM, references=True),
+        "QwenImageEditPipeline QwenImageEditInpaintPipeline QwenImageEditPlusPipeline",
+    ),
+    (
+        Pipeline(TWO_CALLS),
+        """
+        ChromaPipeline ChromaImg2ImgPipeline ChromaInpaintPipeline CogView4Pipeline CogView4ControlPipeline
+        OvisImagePipeline WanPipeline WanImageToVideoPipeline WanVideoToVideoPipeline
+        """,
+    ),
+    # its guider says which call is which, and may be diffusers' other than CFG
+    (Pipeline(TWO_CALLS, scale="guider.guidance_scale", after="leaves it to its guider"), "HunyuanImagePipeline"),
+    (Pipeline(TWO_CALLS, negated=True, after=_NORM), "Lumina2Pipeline"),
+    (Pipeline(TWO_CALLS, after=_NORM), "LongCatImagePipeline"),
+)
+
+PIPELINES: dict[str, Pipeline] = {name: row for row, names in _ROWS for name in names.split()}
+"""By the name of a class of diffusers, exactly: variants of a pipeline often run CFG in another way."""
 
 
-def _flux_rows(call: "Call", previous: Tensor | None) -> tuple[str, ...]:
-    # with true CFG the transformer is called twice per step on the same latents, first conditional, then unconditional
-    return (UNCOND if call.latents is previous else COND,) * call.batch
+def row_of_class(cls: type) -> Pipeline | None:
+    """The row of a class of diffusers, None if it has none; a class of the same name elsewhere is another one."""
+    return PIPELINES.get(cls.__name__) if cls.__module__.startswith("diffusers.") else None
 
 
-def _flux_guidance(s: float, count: int) -> dict[str, Any]:
-    # `guidance_scale` is the distilled one; without a negative prompt `true_cfg_scale` is silently ignored
-    return {"true_cfg_scale": s, "negative_prompt": [""] * count} if s > 1 else {}
+def pipeline_row(pipe: Any, cfg: str | None = None) -> Pipeline:
+    """The row of a pipeline's class, or of the nearest above it that has one.
 
+    A class between them with a `__call__` of its own may run CFG in another way: that is found out in the run, see
+    `require_known`.
 
-def _dit_rows(call: "Call", previous: Tensor | None) -> tuple[str, ...]:
-    half, null_class = call.batch // 2, 1000  # hard-coded in DiTPipeline
-    labels = call.arguments.get("class_labels")
-    if labels is not None and call.halves_equal and bool((labels[half:] == null_class).all()):
-        return (COND,) * half + (UNCOND,) * half
-    return (COND,) * call.batch
-
-
-# by the beginning of the class name, so that image-to-image and inpainting variants share a row
-PIPELINES: dict[str, Pipeline] = {
-    "StableDiffusion3": Pipeline("prompt", _sd3_rows, velocity=True),
-    "Flux": Pipeline("prompt", _flux_rows, velocity=True, guidance=_flux_guidance, batched_cfg=False),
-    "DiT": Pipeline("class_labels", _dit_rows, velocity=False),
-}
-
-
-def pipeline_row(pipe: Any) -> Pipeline:
-    """The row of a pipeline's class.
+    Args:
+        pipe: the pipeline.
+        cfg: how it runs CFG, one of `CFG_WAYS`: where dgkit does not know.
 
     Raises:
-        ModelError: the class has none.
+        DgkitError: `cfg` is not one of them.
+        ModelError: `pipe` is no pipeline; or `cfg` is left out, and no class above has a row.
     """
-    name = type(pipe).__name__
-    if "PAG" in name or "ControlNet" in name:
-        raise ModelError(f"{name} is not supported: its batches have other rows than plain or classifier-free guidance")
-    if "Kontext" in name or name.startswith("Flux2"):
-        raise ModelError(
-            f"{name} is not supported: its transformer sees the tokens of reference images as well, which would be "
-            f"taken for the image"
-        )
-    row = next((row for prefix, row in PIPELINES.items() if name.startswith(prefix)), None)
-    if row is None or isinstance(pipe, nn.Module):
-        raise ModelError(f"expected a diffusers pipeline of the families {', '.join(PIPELINES)}, got {name}")
-    return row
+    if cfg is not None:
+        one_of("cfg", cfg, CFG_WAYS)
+    if isinstance(pipe, nn.Module) or not hasattr(pipe, "scheduler"):
+        raise ModelError(f"expected a diffusers pipeline, got {type(pipe).__name__}")
+    known = next((row for c in type(pipe).__mro__ if (row := row_of_class(c)) is not None), None)
+    if cfg is not None:
+        return replace(known, cfg=cfg) if known else Pipeline(cfg)
+    if known is None:
+        raise _unknown(type(pipe))
+    return known
+
+
+def require_known(caller: type) -> None:
+    """Refuse a `__call__` that is not one of those whose way to run CFG is known.
+
+    Raises:
+        ModelError: it is the own one of a class that has no row.
+    """
+    if row_of_class(caller) is None:
+        raise _unknown(caller)
+
+
+def _unknown(cls: type) -> ModelError:
+    return ModelError(
+        f"how {cls.__name__} runs classifier-free guidance is not known to dgkit: state it, cfg={UNCOND_FIRST!r} or "
+        f"{COND_FIRST!r} for one call of the transformer on a doubled batch, {TWO_CALLS!r} (the conditional one first) "
+        f"or {NO_CFG!r}"
+    )

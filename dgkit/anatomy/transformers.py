@@ -1,9 +1,12 @@
 """The rows of dgkit's transformer classes, their stacks of blocks: to add a class, add a row to `TRANSFORMERS`."""
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from typing import Any
+
+from torch import nn
 
 from dgkit.anatomy.gates import Gate, argument, at, chunk, table
 from dgkit.errors import ModelError
@@ -23,6 +26,7 @@ class Stack:
             that the blocks hand to `scaled_dot_product_attention`; None where the image is alone there.
         fork: whether the batch may grow at these blocks (see `Anatomy.grow`); False where the transformer, after them,
             mixes their outputs with tensors of the batch that it was called with.
+        skips: whether blocks' outputs are used again by later blocks (as in a U-Net).
         norms: the LayerNorms of each block that read the image tokens, which stand last where they read text as well;
             for `disrupt(..., keep_norm=True)`, unknown where it is empty.
     """
@@ -33,6 +37,7 @@ class Stack:
     text: str | None = None
     text_first: bool | None = None
     fork: bool = True
+    skips: bool = False
     norms: tuple[str, ...] = ()
 
 
@@ -55,6 +60,8 @@ class Transformer:
         listed: arguments that are lists with one entry per batch row.
         second_axis: arguments whose second axis is the batch.
         last_norm: the LayerNorm after the last block.
+        direct: whether calls are watched at `forward` itself, which code outside diffusers calls past the hooks. Not
+            for models that are offloaded.
     """
 
     stacks: tuple[Stack, ...]
@@ -69,6 +76,7 @@ class Transformer:
     listed: tuple[str, ...] = ()
     second_axis: tuple[str, ...] = ()
     last_norm: str = ""
+    direct: bool = False
 
 
 def _noise_channels(model: Any) -> int | None:
@@ -238,6 +246,18 @@ TRANSFORMERS: dict[str, Transformer] = {
         ),
         tokens=_sequence,
     ),
+    # no residual gates: adaLN shifts only
+    "HunyuanDiT2DModel": Transformer(
+        (Stack("blocks", None, (), fork=False, skips=True),),
+        predicted_channels=_noise_channels,
+        unbatched=("image_rotary_emb",),
+    ),
+    "HunyuanVideoTransformer3DModel": Transformer(
+        (
+            Stack("transformer_blocks", 0, NORM1, text_first=False),
+            Stack("single_transformer_blocks", 0, NORM, text_first=False),
+        )
+    ),
     "CogView3PlusTransformer2DModel": Transformer((Stack("transformer_blocks", 0, NORM1, text_first=True),)),
     "CogView4Transformer2DModel": Transformer((Stack("transformer_blocks", 0, NORM1, text_first=True),)),
     "CogVideoXTransformer3DModel": Transformer(
@@ -271,3 +291,29 @@ TRANSFORMERS: dict[str, Transformer] = {
         (Stack("transformer_blocks", 0, TANH_NORM1, text_first=False),), ascending=True
     ),
 }
+
+
+def research_row(model: nn.Module) -> Transformer | None:
+    """The row of a model that is built as facebookresearch's DiT, as SiT, REPA and LightningDiT are; else None.
+
+    That is: `blocks` that put out the image tokens (B, T, C), each with an `adaLN_modulation` whose last layer puts out
+    six parts of C channels, of which the third and the sixth are residual gates; latents and timestep as the first two
+    arguments.
+    """
+    blocks = getattr(model, "blocks", None)
+    if not isinstance(blocks, nn.ModuleList) or not len(blocks):
+        return None
+    lasts = [getattr(block, "adaLN_modulation", [None])[-1] for block in blocks]
+    if not all(isinstance(last, nn.Linear) and last.out_features % 6 == 0 for last in lasts):
+        return None
+    names = tuple(inspect.signature(type(model).forward).parameters)[1:]
+    if len(names) < 2:
+        return None
+    return Transformer(
+        (Stack("blocks", None, (chunk("msa", "adaLN_modulation", 2, 6), chunk("mlp", "adaLN_modulation", 5, 6))),),
+        channels=lambda model: lasts[0].out_features // 6,
+        predicted_channels=lambda model: getattr(model, "in_channels", None),
+        latents=names[0],
+        timestep=names[1],
+        direct=True,
+    )

@@ -11,7 +11,7 @@ from torch.overrides import TorchFunctionMode
 from dgkit.anatomy import Block
 from dgkit.anatomy.arguments import named
 from dgkit.errors import ModelError
-from dgkit.taps import compiled, replaced
+from dgkit.taps import compiled, forward_of, replaced
 
 # attention(attend, image, query, key, value, **options): `attend` is scaled_dot_product_attention, `image` the slice of
 # the image tokens among the queries and keys
@@ -50,7 +50,7 @@ def attention_replaced(block: Block, attention: Attention) -> Iterator[None]:
         raise ModelError(
             "this guidance changes the attention inside blocks, which compiled blocks hide: do not compile"
         )
-    original = module.forward
+    original = forward_of(module)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         # where the image shares its tensor with text, its size is read from the transformer's call

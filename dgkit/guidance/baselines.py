@@ -126,7 +126,7 @@ class TPG(Blocks):
     seed: int = 0
 
     def perturbation(self, call: Call) -> Perturbation:
-        index = call.step.index
+        index, _ = call.place
 
         def shuffled(block: int) -> Callable[[Tensor], Tensor]:
             def edit(image: Tensor) -> Tensor:
@@ -160,7 +160,7 @@ class BlockDrop(Branching):
         blocks = call.anatomy.blocks
         candidates = [b.index for a, b in zip(blocks, blocks[1:], strict=False) if a.stack is b.stack]
         count = min(len(candidates), max(1, round(self.share * len(blocks))))
-        order = torch.randperm(len(candidates), generator=_generator(self.seed, call.step.index))
+        order = torch.randperm(len(candidates), generator=_generator(self.seed, call.place[0]))
         return Perturbation(skips=frozenset(candidates[i] for i in order[:count].tolist()))
 
 
@@ -268,9 +268,11 @@ class CFGPlusPlus(Combining):
     def combine(self, c: Tensor, u: Tensor, call: Call, memory: dict[str, Any]) -> Tensor:
         step = call.step
         if not step.deterministic:
+            assert call.loop is not None, "it knows the step"
+            euler, ddim = "FlowMatchEulerDiscreteScheduler", "DDIMScheduler(clip_sample=False)"
             raise ModelError(
-                f"cfg++ needs Euler or DDIM steps, not {type(call.pipe.scheduler).__name__} with these settings: use "
-                f"{'FlowMatchEulerDiscreteScheduler' if step.velocity else 'DDIMScheduler(clip_sample=False)'}"
+                f"cfg++ needs Euler or DDIM steps without clipping, not {type(call.loop.pipe.scheduler).__name__} with "
+                f"these settings: use {euler if step.predicts == 'velocity' else ddim}"
             )
         kept = step.next_signal * step.noise
         return u + self.weight(call, True) * kept / (kept - step.signal * step.next_noise) * (c - u)
@@ -294,9 +296,10 @@ class CFGZeroStar(Combining):
         integer("zero_steps", self.zero_steps, 0)
 
     def combine(self, c: Tensor, u: Tensor, call: Call, memory: dict[str, Any]) -> Tensor:
-        if self.zero_steps and not call.step.velocity:
-            raise ModelError("zero_steps is for velocity prediction, and this model predicts noise: give zero_steps=0")
-        if self.zero_steps and call.step.index < self.zero_steps:
+        if self.zero_steps and call.step.predicts != "velocity":
+            predicts = call.step.predicts
+            raise ModelError(f"zero_steps is for velocity prediction, not for {predicts}: give zero_steps=0")
+        if self.zero_steps and call.place[0] < self.zero_steps:
             return torch.zeros_like(c)
         axes = tuple(range(1, c.ndim))
         square = (u * u).sum(axes, keepdim=True).clamp_min(torch.finfo(u.dtype).tiny)  # u may be zero everywhere

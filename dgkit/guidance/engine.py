@@ -1,5 +1,6 @@
 """The branch engine: passes that differ from the ordinary one only after some block share all blocks before it."""
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -68,6 +69,30 @@ class Cost:
         self.naive_block_evaluations += naive
 
 
+class _UnderWay(threading.local):
+    """The call under way in each thread.
+
+    Attributes:
+        call: the call; None between calls.
+        branches: what is branched off it.
+        rows: of the call, which the branches repeat.
+        kept: outputs of blocks.
+        forked: numbers of the branches that have joined the batch, in that order.
+        last: their rows of the last block's output.
+        running: the branch whose pass is under way, and its first live block.
+        before_skip: what the block before a skipped one put out.
+    """
+
+    call: Call | None = None
+    branches: Sequence[Perturbation]
+    rows: list[int]
+    kept: dict[int, Any]
+    forked: list[int]
+    last: Any
+    running: tuple[Perturbation, int] | None = None
+    before_skip: Any
+
+
 class Engine:
     """Runs branches off the passes of one transformer.
 
@@ -88,18 +113,12 @@ class Engine:
         self.anatomy = anatomy
         self.cost = Cost()
         self._taps: dict[tuple[str, int], Callable[[], None]] = {}
-        self.forget()
+        self._lock = threading.Lock()  # of `cost` and `_taps`
+        self._now = _UnderWay()
 
     def forget(self) -> None:
         """Drop the call under way, of which an exception may have left something."""
-        self._call: Call | None = None
-        self._branches: Sequence[Perturbation] = ()
-        self._rows: list[int] = []  # of the call, which the branches repeat
-        self._kept: dict[int, Any] = {}  # outputs of blocks
-        self._forked: list[int] = []  # numbers of the branches that have joined the batch, in that order
-        self._last: Any = None  # their rows of the last block's output
-        self._running: tuple[Perturbation, int] | None = None  # the branch's pass under way, and its first live block
-        self._before_skip: Any = None
+        vars(self._now).clear()
         degraded_pass.set(None)
 
     # ---- one call
@@ -132,33 +151,37 @@ class Engine:
             )
         for branch in branches:
             self._check(branch)
-        self._call, self._branches, self._rows = call, branches, call.rows(COND)
-        self._place_taps()
+        self._now.call, self._now.branches, self._now.rows = call, branches, call.rows(COND)
+        self._now.kept, self._now.forked = {}, []
+        with self._lock:
+            self._place_taps()
 
     def finish(self, args: tuple[Any, ...], kwargs: dict[str, Any], reused: int = 0) -> list[Any]:
         """The branches' outputs for the call just made with (args, kwargs), in order.
 
         `reused` counts branches that the caller did not repeat.
         """
-        call, branches, count = self._call, self._branches, len(self._rows)
+        call = self._now.call
         assert call is not None, "begin comes first"
+        branches, count = self._now.branches, len(self._now.rows)
         outputs = []
         try:
             if branches:
-                args, kwargs = self.anatomy.select_rows(args, kwargs, self._rows, call.batch)
+                args, kwargs = self.anatomy.select_rows(args, kwargs, self._now.rows, call.batch)
                 outputs = [self._branch_output(number, args, kwargs) for number in range(len(branches))]
         finally:
             self.forget()
         total = len(self.anatomy.blocks)
-        self.cost.add(total * call.batch, total * call.batch + reused * total * count)
-        for branch in branches:
-            blocks = total if branch.model is None else len(dissect(branch.model).blocks)
-            naive = blocks - len(branch.skips)
-            self.cost.add((naive if self.sharing == "none" else naive - branch.shared) * count, naive * count)
+        with self._lock:
+            self.cost.add(total * call.batch, total * call.batch + reused * total * count)
+            for branch in branches:
+                blocks = total if branch.model is None else len(dissect(branch.model).blocks)
+                naive = blocks - len(branch.skips)
+                self.cost.add((naive if self.sharing == "none" else naive - branch.shared) * count, naive * count)
         return outputs
 
     def _branch_output(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        branch, call = self._branches[number], self._call
+        branch, call = self._now.branches[number], self._now.call
         if branch.model is not None:
             return branch.model(*args, **kwargs)
         assert call is not None
@@ -166,48 +189,48 @@ class Engine:
         # with "fork" only what follows the blocks is left to do
         first_live = {"replay": branch.shared, "fork": total, "none": 0}[self.sharing]
         edited = total - 1 if self.sharing == "fork" else branch.shared - 1
-        timesteps = [call.timesteps[row] for row in self._rows]
+        timesteps = [call.timesteps[row] for row in self._now.rows]
         degraded_pass.set(Pass((DEGRADED,) * len(timesteps), timesteps, edited))
-        self._running = (branch, first_live)
+        self._now.running = (branch, first_live)
         try:
             with ExitStack() as stack:
                 outputs = self._known_outputs(number, first_live)
                 for block in blocks[:first_live]:
-                    stack.enter_context(replaced(block.module, _returning(outputs[block.stack.path])))
+                    stack.enter_context(replaced(block.module, _returning(outputs[block.index])))
                 for index in sorted(branch.skips):
-                    stack.enter_context(replaced(blocks[index].module, lambda *a, **k: self._before_skip))
+                    stack.enter_context(replaced(blocks[index].module, lambda *a, **k: self._now.before_skip))
                 stack.enter_context(offloaded_groups_loaded(blocks, {*range(first_live), *branch.skips}))
                 for index, attention in branch.attention.items():
                     stack.enter_context(attention_replaced(blocks[index], attention))
-                return self.anatomy.model.forward(*args, **kwargs)
+                return self.anatomy.run(*args, **kwargs)
         finally:
-            self._running = None
+            self._now.running = None
             degraded_pass.set(None)
 
-    def _known_outputs(self, number: int, first_live: int) -> dict[str, Any]:
-        """What blocks before `first_live` return in the branch's pass, by stack; only a stack's last one matters."""
-        outputs: dict[str, Any] = {}
+    def _known_outputs(self, number: int, first_live: int) -> list[Any]:
+        """What each block before `first_live` returns in the branch's pass."""
+        outputs: dict[int, Any] = {}
         for index in self._kept_blocks(first_live):
             block = self.anatomy.blocks[index]
             if self.sharing == "fork" and index == first_live - 1:
-                start = self._forked.index(number) * len(self._rows)
-                output = _each_tensor(self._last, itemgetter(slice(start, start + len(self._rows))))
+                start = self._now.forked.index(number) * len(self._now.rows)
+                output = _each_tensor(self._now.last, itemgetter(slice(start, start + len(self._now.rows))))
             else:
-                own = consecutive(self._rows)  # after a fork the call's own rows come first
-                output = _each_tensor(self._kept[index], itemgetter(own))
-                edit = self._branches[number].edits.get(index)
+                own = consecutive(self._now.rows)  # after a fork the call's own rows come first
+                output = _each_tensor(self._now.kept[index], itemgetter(own))
+                edit = self._now.branches[number].edits.get(index)
                 if edit and self.sharing == "replay":
                     output = block.with_image(output, edit(block.image(output)))
-            outputs[block.stack.path] = output
-        return outputs
+            outputs[index] = output
+        # of the others nothing is used but the type, which is the same in all blocks of a stack
+        of_stack = {self.anatomy.blocks[index].stack.path: output for index, output in outputs.items()}
+        return [outputs.get(b.index, of_stack[b.stack.path]) for b in self.anatomy.blocks[:first_live]]
 
     def _kept_blocks(self, first_live: int) -> list[int]:
-        """The last shared block, and the last block of each stack before its own (whose output type may differ)."""
-        if not first_live:
-            return []
-        own = self.anatomy.blocks[first_live - 1].stack
-        last_of_stack = {b.stack.path: b.index for b in self.anatomy.blocks[:first_live] if b.stack is not own}
-        return [*last_of_stack.values(), first_live - 1]
+        """The last shared block, the last of each stack before its own, and those whose output is used again later."""
+        shared = self.anatomy.blocks[:first_live]
+        last_of_stack = {block.stack.path: block.index for block in shared}
+        return sorted({*last_of_stack.values(), *(block.index for block in shared if block.stack.skips)})
 
     def _check(self, branch: Perturbation) -> None:
         blocks = self.anatomy.blocks
@@ -227,7 +250,7 @@ class Engine:
 
     def _place_taps(self) -> None:
         total = len(self.anatomy.blocks)
-        for branch in self._branches:
+        for branch in self._now.branches:
             if branch.model is not None:
                 continue
             if self.sharing == "fork":
@@ -258,16 +281,16 @@ class Engine:
 
     def _keep(self, block: Block) -> Callable[..., Any]:
         def after(module: nn.Module, args: Any, output: Any) -> None:
-            if self._call is not None and self._running is None:
-                self._kept[block.index] = output
+            if self._now.call is not None and self._now.running is None:
+                self._now.kept[block.index] = output
 
         return after
 
     def _edit(self, block: Block) -> Callable[..., Any]:
         def after(module: nn.Module, args: Any, output: Any) -> Any:
-            if self._running is None:
+            if self._now.running is None:
                 return None
-            branch, first_live = self._running
+            branch, first_live = self._now.running
             edit = branch.edits.get(block.index)
             if edit is None or block.index < first_live:
                 return None
@@ -277,39 +300,40 @@ class Engine:
 
     def _remember(self, block: Block) -> Callable[..., Any]:
         def after(module: nn.Module, args: Any, output: Any) -> None:
-            if self._running is not None:
-                self._before_skip = output
+            if self._now.running is not None:
+                self._now.before_skip = output
 
         return after
 
     def _grow(self, block: Block) -> Callable[..., Any]:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-            if self._call is None or self._running is not None or not self._forked:
+            if self._now.call is None or self._now.running is not None or not self._now.forked:
                 return args, kwargs
-            return self.anatomy.grow(block, args, kwargs, self._rows * len(self._forked), self._call.batch)
+            return self.anatomy.grow(block, args, kwargs, self._now.rows * len(self._now.forked), self._now.call.batch)
 
         return before
 
     def _fork(self, block: Block) -> Callable[..., Any]:
         def after(module: nn.Module, args: Any, output: Any) -> Any:
-            call, count = self._call, len(self._rows)
-            if call is None or self._running is not None:
+            call = self._now.call
+            if call is None or self._now.running is not None:
                 return None
-            for number, branch in enumerate(self._branches):
+            count = len(self._now.rows)
+            for number, branch in enumerate(self._now.branches):
                 if branch.shared - 1 == block.index:
-                    self._forked.append(number)
-                    output = _each_tensor(output, lambda t: torch.cat([t, t[consecutive(self._rows)]]))
-                if number in self._forked and block.index in branch.edits:
-                    start = call.batch + self._forked.index(number) * count
+                    self._now.forked.append(number)
+                    output = _each_tensor(output, lambda t: torch.cat([t, t[consecutive(self._now.rows)]]))
+                if number in self._now.forked and block.index in branch.edits:
+                    start = call.batch + self._now.forked.index(number) * count
                     image = block.image(output).clone()
                     image[start : start + count] = branch.edits[block.index](image[start : start + count])
                     output = block.with_image(output, image)
             if block.index < len(self.anatomy.blocks) - 1:
-                joined = [call.timesteps[row] for row in self._rows] * len(self._forked)
+                joined = [call.timesteps[row] for row in self._now.rows] * len(self._now.forked)
                 degraded_pass.set(Pass(call.labels + (DEGRADED,) * len(joined), call.timesteps + joined))
                 return output
             degraded_pass.set(None)
-            self._last = _each_tensor(output, lambda t: t[call.batch :])
+            self._now.last = _each_tensor(output, lambda t: t[call.batch :])
             return _each_tensor(output, lambda t: t[: call.batch])
 
         return after

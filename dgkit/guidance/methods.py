@@ -64,9 +64,7 @@ class Method:
 
     def active(self, call: Call) -> bool:
         """Whether this step is guided."""
-        if (self.start, self.stop) == (0.0, 1.0):
-            return True
-        return call.step.within(self.start, self.stop)
+        return call.within(self.start, self.stop)
 
     def weight(self, call: Call, with_cfg: bool) -> float:
         """The scale of this step."""

@@ -15,7 +15,7 @@ from dgkit.checks import integer, is_integer, number, refuse
 from dgkit.errors import DgkitError, ModelError
 from dgkit.guidance.dg import DG
 from dgkit.guidance.engine import Cost, Engine
-from dgkit.guidance.guide import guided_transformers, upcast
+from dgkit.guidance.guide import guided, upcast
 
 _MOVED = (
     f"diffusers {diffusers.__version__} has other guiders than those of 0.42, which dgkit.DetailGuidance builds on "
@@ -184,7 +184,7 @@ class DetailGuidance(BaseGuidance):
 
     def _bind(self, denoiser: nn.Module) -> None:
         """Read the denoiser anew in each step, because blocks may have been exchanged, and keep no hold of it after."""
-        if denoiser in guided_transformers:
+        if guided.get(denoiser):
             raise ModelError("the denoiser is already guided by dgkit.guide or dgkit.detail_guidance: leave that first")
         anatomy = dissect(denoiser)
         self.dg = self._given.bound(None, anatomy)

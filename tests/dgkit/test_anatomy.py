@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import HunyuanDiT2DModel, QwenImageTransformer2DModel
+from diffusers import LatteTransformer3DModel, QwenImageTransformer2DModel
 from torch import Tensor, nn
 
 import dgkit
@@ -574,8 +574,8 @@ def test_what_is_no_transformer_is_refused(target: object) -> None:
 
 
 def test_a_class_without_a_row_is_refused() -> None:
-    with pytest.raises(ModelError, match="got HunyuanDiT2DModel .to add a class: one row in dgkit.anatomy"):
-        dissect(HunyuanDiT2DModel.__new__(HunyuanDiT2DModel))
+    with pytest.raises(ModelError, match="got LatteTransformer3DModel .of another class: give dgkit.dissect"):
+        dissect(LatteTransformer3DModel.__new__(LatteTransformer3DModel))
 
 
 def test_a_block_without_room_for_the_image_is_refused() -> None:

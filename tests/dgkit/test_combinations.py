@@ -314,12 +314,12 @@ def test_gradients_pass_through_guidance_but_not_through_checkpointing(sharing: 
         pipe, call = pipeline("sd3"), inputs("sd3", 2)
         pipe._guidance_scale = 1.0
         call["hidden_states"].requires_grad_()
-        with plain_hooks(pipe, "sd3", False) if references else guided(pipe, sharing=sharing):
+        with plain_hooks(pipe, "sd3", False) if references else guided(pipe.transformer, sharing=sharing):
             pipe.transformer(**call).sample.square().sum().backward()
         gradients.append(call["hidden_states"].grad)
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
     pipe.transformer.enable_gradient_checkpointing()
-    with pytest.raises(ModelError, match="gradient checkpointing runs blocks again"), guided(pipe, sharing=sharing):
+    with pytest.raises(ModelError, match="gradient checkpointing"), guided(pipe.transformer, sharing=sharing):
         pipe.transformer(**call)
     assert not pipe.transformer._forward_hooks
 
@@ -705,13 +705,6 @@ def test_variants_are_guided_as_by_plain_hooks(kind: str, s: float) -> None:
                 assert distance(images(), plain) > 1e-4
     assert state(pipe.transformer) == before and torch.equal(images(), plain)
     assert distance(expected, plain) > 1e-4
-
-
-@pytest.mark.parametrize("name", ["FluxKontextPipeline", "FluxKontextInpaintPipeline", "Flux2KleinPipeline"])
-def test_pipelines_with_reference_images_are_refused(name: str) -> None:
-    pipe = type(name, (FluxPipeline,), {})(**pipeline("flux").components)
-    with pytest.raises(ModelError, match=f"{name} is not supported"), guided(pipe):
-        pass
 
 
 # -------------------------------------------------------------------------------------------------------- batch shapes

@@ -14,7 +14,7 @@ from diffusers.guiders.classifier_free_zero_star_guidance import cfg_zero_star_s
 from torch import Tensor, nn
 
 import dgkit
-from dgkit.anatomy import Anatomy, Call, Step, dissect
+from dgkit.anatomy import Anatomy, Call, dissect
 from dgkit.disruption import make_edit
 from dgkit.errors import DgkitError, ModelError
 from dgkit.guidance import (
@@ -257,7 +257,7 @@ def test_the_middle_block_is_the_default_unless_it_is_a_stacks_first(name: str, 
 def call_of_step(anatomy: Anatomy, index: int) -> Call:
     """A call in step `index` of 60."""
     call = Call(anatomy, {})
-    call.step = Step(index, 60, 0.5, 0.5, 0.4, 0.6, True, True)
+    call.place = index, 60
     return call
 
 
@@ -372,7 +372,7 @@ def test_cfg_plus_plus_renoises_with_the_unconditional_prediction(name: str) -> 
 def test_cfg_plus_plus_refuses_other_schedulers() -> None:
     pipe = pipeline("dit")
     pipe.scheduler = DPMSolverMultistepScheduler.from_config(pipe.scheduler.config)
-    with pytest.raises(ModelError, match="needs Euler or DDIM steps, not DPMSolverMultistepScheduler"):
+    with pytest.raises(ModelError, match="needs Euler or DDIM steps without clipping, not DPMSolverMultistepScheduler"):
         guided(pipe, "dit", CFGPlusPlus())
     pipe = pipeline("sd3")
     pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, stochastic_sampling=True)

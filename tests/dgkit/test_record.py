@@ -312,7 +312,7 @@ def test_record_refuses_an_unknown_pipeline() -> None:
     class Sketch:
         transformer = build("dit")
 
-    with pytest.raises(ModelError, match="expected a diffusers pipeline of the families"), dgkit.record(Sketch()):
+    with pytest.raises(ModelError, match="expected a diffusers pipeline, got Sketch"), dgkit.record(Sketch()):
         pass
 
 
