@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dgkit.anatomy import dissect
     from dgkit.disruption import disrupt
     from dgkit.gates import gate_agreement, residual_gates
     from dgkit.guidance.calibrate import calibrate
@@ -20,6 +21,7 @@ _HOMES = {
     "detail_guidance": "guidance",
     "detect_massive": "massive",
     "disrupt": "disruption",
+    "dissect": "anatomy",
     "gate_agreement": "gates",
     "guide": "guidance",
     "load": "zoo",
@@ -33,6 +35,7 @@ __all__ = [
     "detail_guidance",
     "detect_massive",
     "disrupt",
+    "dissect",
     "gate_agreement",
     "guide",
     "load",

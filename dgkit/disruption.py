@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dgkit.anatomy import Anatomy, Call, degraded_pass, dissect
+from dgkit.anatomy import NO_CFG, Anatomy, CallReader, degraded_pass, dissect
 from dgkit.checks import distinct, integer, one_of, part_of_steps
 from dgkit.errors import DgkitError, ModelError
 from dgkit.taps import compiled, tap
@@ -118,21 +118,18 @@ def disrupt(
     edited = anatomy.block(block)
     edit = make_edit(anatomy, dims, kind, seed, tokens)
     part_of_steps(start, stop)
-    whole = isinstance(target, nn.Module | Anatomy)
-    if (start, stop) != (0, 1) and whole:
+    if (start, stop) != (0, 1) and isinstance(target, nn.Module | Anatomy):
         raise DgkitError(
             f"start={start!r}, stop={stop!r} is not allowed: a bare transformer has no steps, give a pipeline"
         )
     norms = anatomy.norms_after(block) if keep_norm else []
     if keep_norm and any(compiled(later.module) for later in anatomy.blocks[block + 1 :]):
         raise ModelError("keep_norm=True does not work with compiled blocks, whose LayerNorms cannot be reached")
-    now = _UnderWay()
+    read, now = CallReader(target, anatomy, NO_CFG), _UnderWay()  # which rows are conditional does not matter
 
     def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        call = Call.of(anatomy, args, kwargs)
-        # by hand, without a loop, is as good as by the pipeline
-        now.active = whole or call.loop is None or call.loop.pipe is target
-        now.active = now.active and call.within(start, stop)
+        call = read(args, kwargs)
+        now.active = (call.ours or call.loop is None) and call.within(start, stop)
         now.removed = None
 
     def change(module: nn.Module, args: Any, output: Any) -> Any:

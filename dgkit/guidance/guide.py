@@ -95,7 +95,7 @@ def _guiding(
 ) -> Iterator[Guidance]:
     anatomy = dissect(target, transformer=transformer)
     by_itself = isinstance(target, nn.Module | Anatomy)
-    read = CallReader(target, anatomy, cfg or (NO_CFG if by_itself else None))
+    read = CallReader(target, anatomy, NO_CFG if cfg is None and by_itself else cfg)
     if not methods or not all(isinstance(method, Method) for method in methods):
         refuse("methods", list(methods), "give one or more of dgkit.guidance.METHODS")
     if sum(isinstance(method, Combining) for method in methods) > 1:
