@@ -26,6 +26,7 @@ class Cell:
     sum_mean_abs: Tensor
     max_abs: Tensor
     sum_token_share: Tensor
+    sum_square: Tensor
     gate_images: Tensor
     sum_gate: Tensor
     sum_abs_gate: Tensor
@@ -36,7 +37,7 @@ class Cell:
 class Trace:
     """Streaming statistics of the block outputs z^k and residual gates alpha_k seen by `record`.
 
-    Size: 3 L C + 2 G C numbers per (label, timestep), however many images pass; plus, only where asked for, one number
+    Size: 4 L C + 2 G C numbers per (label, timestep), however many images pass; plus, only where asked for, one number
     per image, timestep, block and tracked dim, and the full tensors of kept blocks.
 
     Attributes:
@@ -80,6 +81,19 @@ class Trace:
         """Share of the image tokens in which a channel is massive (see `ratio`), (L, C)."""
         cells = self._select(label, timestep)
         return sum(c.sum_token_share for c in cells) / sum(c.images for c in cells)[:, None]  # type: ignore[return-value, index]
+
+    def energy_share(
+        self, dims: Sequence[int] | None = None, label: str | None = None, timestep: float | None = None
+    ) -> Tensor:
+        """Share of the image tokens' energy that `dims` carry together, (L,); of each channel, (L, C), without `dims`.
+
+        That is the sum of z^2 in `dims` over the sum of z^2 in all channels, each summed over images and image tokens
+        (and timesteps, if `timestep` is None) first: the mean of the tokens' own shares weighted by their energy. Sums
+        over tokens are taken in float32, the rest in float64.
+        """
+        square = torch.stack([c.sum_square for c in self._select(label, timestep)]).sum(0)
+        share = square / square.sum(1, keepdim=True)
+        return share if dims is None else share[:, self.anatomy.dims(dims)].sum(1)
 
     def gates(self, label: str | None = None, timestep: float | None = None, *, absolute: bool = True) -> Tensor:
         """Mean |alpha| (or mean alpha) over images, (G, C), rows as in `gate_rows`."""
@@ -140,6 +154,7 @@ class Trace:
                 sum_mean_abs=zeros(blocks, channels),
                 max_abs=zeros(blocks, channels),
                 sum_token_share=zeros(blocks, channels),
+                sum_square=zeros(blocks, channels),
                 gate_images=zeros(gates),
                 sum_gate=zeros(gates, channels),
                 sum_abs_gate=zeros(gates, channels),
@@ -153,6 +168,7 @@ class Trace:
         magnitude = image.abs()
         mean = magnitude.mean(1, dtype=torch.float32)  # (B, C)
         largest = magnitude.amax(1)
+        square = image.float().square().sum(1)  # in float16 squares would overflow
         threshold = self.ratio * _median(mean)  # (B,)
         # in place the comparison keeps the floating dtype, whose mean is several times faster than that of bool
         share = magnitude.gt_(threshold[:, None, None]).mean(1, dtype=torch.float32)
@@ -161,6 +177,7 @@ class Trace:
             cell.images[index] += count
             cell.sum_mean_abs[index] += mean[rows].sum(0)
             cell.sum_token_share[index] += share[rows].sum(0)
+            cell.sum_square[index] += square[rows].sum(0)
             cell.max_abs[index] = torch.maximum(cell.max_abs[index], largest[rows].amax(0))
             if self.track:
                 cell.tracked[index].append(mean[rows][:, self.track].cpu())

@@ -227,7 +227,8 @@ def row_of(target: Any) -> Model | None:
         anatomy = target if isinstance(target, Anatomy) else dissect(target)
     except ModelError:
         return None
-    dual = bool(getattr(anatomy.model.config, "dual_attention_layers", ()))
+    config = getattr(anatomy.model, "config", None)  # which modules outside diffusers lack
+    dual = bool(getattr(config, "dual_attention_layers", ()))
     return _row(type(anatomy.model).__name__, len(anatomy.blocks), anatomy.channels, dual)
 
 

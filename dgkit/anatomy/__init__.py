@@ -2,7 +2,8 @@
 
 from dgkit.anatomy.calls import Call, CallReader, Pass, Step, degraded_pass, predicted
 from dgkit.anatomy.dissection import Anatomy, Block, dissect
-from dgkit.anatomy.gates import Gate
+from dgkit.anatomy.gates import Gate, argument, at, chunk, output, table
+from dgkit.anatomy.grids import Grid
 from dgkit.anatomy.loops import Loop, Runs
 from dgkit.anatomy.pipelines import (
     COND,
@@ -31,6 +32,7 @@ __all__ = [
     "Call",
     "CallReader",
     "Gate",
+    "Grid",
     "Loop",
     "Pass",
     "Pipeline",
@@ -38,8 +40,13 @@ __all__ = [
     "Stack",
     "Step",
     "Transformer",
+    "argument",
+    "at",
+    "chunk",
     "degraded_pass",
     "dissect",
+    "output",
     "pipeline_row",
     "predicted",
+    "table",
 ]

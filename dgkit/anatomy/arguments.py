@@ -19,7 +19,7 @@ def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(forward).parameters)[1:]  # without `self`
 
 
-def _positional(module: nn.Module) -> tuple[str, ...]:
+def parameters(module: nn.Module) -> tuple[str, ...]:
     """The names of `forward`'s parameters: of the class, because an instance's own `forward` may be a stand-in."""
     inside: nn.Module = getattr(module, "_orig_mod", module)  # of torch.compile(module)
     return _parameters(type(inside).forward)
@@ -27,14 +27,14 @@ def _positional(module: nn.Module) -> tuple[str, ...]:
 
 def named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call of `module` by name."""
-    return dict(zip(_positional(module), args, strict=False)) | kwargs
+    return dict(zip(parameters(module), args, strict=False)) | kwargs
 
 
 def map_arguments(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[str, Any], Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments of a call of `module` after `change(name, value)`, positional ones still positional."""
-    changed = tuple(change(name, value) for name, value in zip(_positional(module), args, strict=False))
+    changed = tuple(change(name, value) for name, value in zip(parameters(module), args, strict=False))
     return changed, {name: change(name, value) for name, value in kwargs.items()}
 
 

@@ -1,7 +1,7 @@
 """A transformer taken apart: its blocks, the image tokens in what they put out, and the rows of its calls."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dgkit.anatomy.arguments import consecutive, map_arguments, map_tensors, named
+from dgkit.anatomy.arguments import consecutive, map_arguments, map_tensors, named, parameters
 from dgkit.anatomy.gates import Gate
+from dgkit.anatomy.grids import Grid
 from dgkit.anatomy.loops import contexts_noted, loop_under_way
 from dgkit.anatomy.pipelines import row_of_class
 from dgkit.anatomy.transformers import MSA2, TRANSFORMERS, Stack, Transformer, research_row
@@ -33,20 +34,27 @@ class Layout(threading.local):
 
 @dataclass(frozen=True)
 class Block:
-    """One block: its zero-based index over all stacks, its stack, the module, and the layout of the last call."""
+    """One block: its zero-based index over all stacks, its stack, module and width, and the layout of the last call."""
 
     index: int
     stack: Stack
     module: nn.Module
+    channels: int
     layout: Layout
 
     def image(self, output: Any) -> Tensor:
         """The image tokens (B, T, C) in this block's `output`.
 
         Raises:
-            ModelError: `output` does not hold as many tokens as the transformer's call has image tokens.
+            ModelError: `output` is not (B, T, C), or holds fewer tokens than the transformer's call has image tokens.
         """
         tokens = output if self.stack.image is None else output[self.stack.image]
+        if not isinstance(tokens, Tensor) or tokens.ndim != 3 or tokens.shape[2] != self.channels:
+            found = tuple(tokens.shape) if isinstance(tokens, Tensor) else f"a {type(tokens).__name__}"
+            raise ModelError(
+                f"block {self.index} ({type(self.module).__name__}) returned {found}, not (batch, tokens, "
+                f"{self.channels} channels): its class needs another row, see dgkit.anatomy.Transformer"
+            )
         start, stop = self._place(tokens)
         return tokens if (start, stop) == (0, tokens.shape[1]) else tokens[:, start:stop]
 
@@ -73,12 +81,10 @@ class Block:
         count = self.layout.tokens
         if count is None:
             raise ModelError("the number of image tokens is not known: enter `anatomy.follow()` before the model runs")
-        length = tokens.shape[1] if isinstance(tokens, Tensor) and tokens.ndim == 3 else None
-        if length is None or length < count:
-            found = f"{length} tokens" if length else f"a {type(tokens).__name__} that is not (batch, tokens, channels)"
+        if tokens.shape[1] < count:
             raise ModelError(
-                f"block {self.index} ({type(self.module).__name__}) returned {found} for {count} image tokens: its "
-                f"class needs a row of its own in dgkit.anatomy.TRANSFORMERS"
+                f"block {self.index} ({type(self.module).__name__}) returned {tokens.shape[1]} tokens for {count} "
+                f"image tokens: its class needs another row, see dgkit.anatomy.Transformer"
             )
         return count
 
@@ -118,14 +124,28 @@ class Anatomy:
         name, last = type(self.model).__name__, len(self.blocks) - 1
         return self.blocks[integer("block", index, 0, last, allowed=f"{name} has blocks 0 to {last}")]
 
-    def dims(self, dims: Sequence[int]) -> list[int]:
-        """`dims` as a checked list of channels.
+    def dims(self, dims: Sequence[int], name: str = "dims") -> list[int]:
+        """`dims` as a checked list of channels; `name` is what the caller's argument is called.
 
         Raises:
             DgkitError: `dims` is empty, repeats a channel or holds anything but integers from 0 to C - 1.
         """
         allowed = f"a non-empty list of distinct channels from 0 to {self.channels - 1}"
-        return distinct("dims", dims, 0, self.channels - 1, allowed=allowed)
+        return distinct(name, dims, 0, self.channels - 1, allowed=allowed)
+
+    def grid(self) -> Callable[[dict[str, Any]], Grid]:
+        """What reads the grid of the generated image tokens from the arguments of a call, by name.
+
+        Raises:
+            ModelError: it is not known for this class; or, in the call, it cannot be told for that one.
+        """
+        read = self.row.grid
+        if read is None:
+            raise ModelError(
+                f"the grid in which the image tokens of {type(self.model).__name__} stand is not known to dgkit: leave "
+                f"out maps and Frames"
+            )
+        return lambda arguments: read(self.model, arguments)
 
     def norms_after(self, block: int) -> list[nn.LayerNorm]:
         """The LayerNorms that read the image tokens after block `block`.
@@ -274,12 +294,24 @@ def dissect(target: Any, row: Transformer | None = None, *, transformer: str = "
             f"got {name} (of another class: give dgkit.dissect(transformer, row), see dgkit.anatomy.Transformer)"
         )
     layout = Layout()
-    blocks = [(stack, module) for stack in row.stacks for module in model.get_submodule(stack.path).children()]
-    return Anatomy(
-        model=model,
-        row=row,
-        blocks=tuple(Block(i, stack, module, layout) for i, (stack, module) in enumerate(blocks)),
-        channels=row.channels(model),
-        predicted_channels=row.predicted_channels(model),
-        layout=layout,
-    )
+    try:
+        blocks = [(stack, module) for stack in row.stacks for module in model.get_submodule(stack.path).children()]
+        channels = row.channels(model)
+        anatomy = Anatomy(
+            model=model,
+            row=row,
+            blocks=tuple(Block(i, stack, module, channels, layout) for i, (stack, module) in enumerate(blocks)),
+            channels=channels,
+            predicted_channels=row.predicted_channels(model),
+            layout=layout,
+        )
+        gates = [block.gates for block in anatomy.blocks]
+    except AttributeError as error:
+        raise ModelError(f"the row does not fit {name}: {error}") from error
+    if not gates:
+        raise ModelError(f"the row does not fit {name}: it has no block at {[stack.path for stack in row.stacks]}")
+    for field_name in ("latents", "timestep"):
+        argument, known = getattr(row, field_name), parameters(model)
+        if argument not in known:
+            raise ModelError(f"{field_name}={argument!r} is not allowed: {name} takes {', '.join(known)}")
+    return anatomy

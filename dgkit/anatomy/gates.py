@@ -34,6 +34,11 @@ def _per_image(gate: Tensor) -> Tensor:
     return gate if gate.ndim == 2 else gate.mean(1)
 
 
+def output(branch: str, module: str) -> Gate:
+    """The gate is all that a layer puts out."""
+    return Gate(branch, module, lambda m, args, kwargs, output: _per_image(output))
+
+
 def at(branch: str, module: str, index: int, *, tanh: bool = False) -> Gate:
     """The gate is `output[index]` of an adaLN module."""
     return Gate(branch, module, lambda m, args, kwargs, output: _squash(_per_image(output[index]), tanh))

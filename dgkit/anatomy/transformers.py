@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from dgkit.anatomy import grids
 from dgkit.anatomy.gates import Gate, argument, at, chunk, table
+from dgkit.anatomy.grids import ReadGrid
 from dgkit.errors import ModelError
 
 
@@ -51,6 +53,7 @@ class Transformer:
     Attributes:
         stacks: its stacks of blocks, in the order in which they run.
         tokens: number of image tokens, from the model and the arguments of a call; for stacks with `text`.
+        grid: the grid of the generated image tokens, likewise; None where it is not known.
         text_lengths: number of text tokens of each batch row, where the joint sequence is as long as the longest needs.
         channels: width C of the image stream.
         predicted_channels: see `Anatomy`.
@@ -66,6 +69,7 @@ class Transformer:
 
     stacks: tuple[Stack, ...]
     tokens: Callable[[Any, dict[str, Any]], int] | None = None
+    grid: ReadGrid | None = None
     text_lengths: Callable[[dict[str, Any]], list[int]] | None = None
     channels: Callable[[Any], int] = lambda model: model.config.num_attention_heads * model.config.attention_head_dim
     predicted_channels: Callable[[Any], int | None] = lambda model: None
@@ -135,6 +139,7 @@ FLUX = Transformer(
         Stack("single_transformer_blocks", 1, NORM, text_first=True, norms=("norm.norm",)),
     ),
     last_norm="norm_out.norm",
+    grid=grids.image_ids,
 )
 
 # Blocks of text alone (the context refiners of Lumina 2, Z-Image and HunyuanImage) are no part of the image stream.
@@ -142,6 +147,7 @@ TRANSFORMERS: dict[str, Transformer] = {
     "SD3Transformer2DModel": Transformer(
         (Stack("transformer_blocks", 1, (NORM1[0], MSA2, NORM1[1]), text_first=False, norms=LAYER_NORMS),),
         last_norm="norm_out.norm",
+        grid=grids.patches,
     ),
     "FluxTransformer2DModel": FLUX,
     "BriaTransformer2DModel": FLUX,
@@ -151,14 +157,17 @@ TRANSFORMERS: dict[str, Transformer] = {
         (Stack("transformer_blocks", None, NORM1, norms=("norm1.norm", "norm3")),),
         predicted_channels=_noise_channels,
         last_norm="norm_out",
+        grid=grids.patches,
     ),
     "PixArtTransformer2DModel": Transformer(
         (Stack("transformer_blocks", None, (table("msa", 2, "timestep"), table("mlp", 5, "timestep"))),),
         predicted_channels=_noise_channels,
+        grid=grids.patches,
     ),
     "SanaTransformer2DModel": Transformer(
         (Stack("transformer_blocks", None, (table("msa", 2, "timestep"), table("mlp", 5, "timestep"))),),
         predicted_channels=_noise_channels,
+        grid=grids.patches,
     ),
     # z + gate_mlp ff(norm2(z + gate_msa attention)): what gate_msa scales is the input of ff only, so that it is no
     # residual gate
@@ -168,6 +177,7 @@ TRANSFORMERS: dict[str, Transformer] = {
             Stack("single_transformer_blocks", None, NORM1[1:], text="before", text_first=True),
         ),
         tokens=_patches,
+        grid=grids.patches,
     ),
     "Lumina2Transformer2DModel": Transformer(
         (
@@ -179,6 +189,7 @@ TRANSFORMERS: dict[str, Transformer] = {
         channels=lambda model: model.config.hidden_size,
         ascending=True,
         unbatched=(),
+        grid=grids.patches,
     ),
     "ZImageTransformer2DModel": Transformer(
         tuple(
@@ -202,6 +213,7 @@ TRANSFORMERS: dict[str, Transformer] = {
         ascending=True,
         unbatched=(),
         listed=("x", "cap_feats", "siglip_feats", "image_noise_mask"),
+        grid=grids.z_image,
     ),
     # with `zero_cond_t` (editing) `img_mod` gives 2B rows, the first B of them for the tokens that are generated
     "QwenImageTransformer2DModel": Transformer(
@@ -211,12 +223,14 @@ TRANSFORMERS: dict[str, Transformer] = {
             ),
         ),
         listed=("img_shapes",),
+        grid=grids.image_shapes,
     ),
     "HunyuanImageTransformer2DModel": Transformer(
         (
             Stack("transformer_blocks", 0, NORM1, text_first=False),
             Stack("single_transformer_blocks", 0, NORM, text_first=False),
-        )
+        ),
+        grid=grids.patches,
     ),
     "HiDreamImageTransformer2DModel": Transformer(
         tuple(
@@ -238,6 +252,7 @@ TRANSFORMERS: dict[str, Transformer] = {
         unbatched=(),
         listed=("img_sizes",),
         second_axis=("encoder_hidden_states_llama3",),
+        grid=grids.hidream,
     ),
     "ChromaTransformer2DModel": Transformer(
         (
@@ -245,28 +260,42 @@ TRANSFORMERS: dict[str, Transformer] = {
             Stack("single_transformer_blocks", None, NORM, text="before", text_first=True),
         ),
         tokens=_sequence,
+        grid=grids.image_ids,
     ),
     # no residual gates: adaLN shifts only
     "HunyuanDiT2DModel": Transformer(
         (Stack("blocks", None, (), fork=False, skips=True),),
         predicted_channels=_noise_channels,
         unbatched=("image_rotary_emb",),
+        grid=grids.patches,
     ),
     "HunyuanVideoTransformer3DModel": Transformer(
         (
             Stack("transformer_blocks", 0, NORM1, text_first=False),
             Stack("single_transformer_blocks", 0, NORM, text_first=False),
-        )
+        ),
+        grid=grids.patches,
     ),
-    "CogView3PlusTransformer2DModel": Transformer((Stack("transformer_blocks", 0, NORM1, text_first=True),)),
-    "CogView4Transformer2DModel": Transformer((Stack("transformer_blocks", 0, NORM1, text_first=True),)),
+    "CogView3PlusTransformer2DModel": Transformer(
+        (Stack("transformer_blocks", 0, NORM1, text_first=True),),
+        grid=grids.patches,
+    ),
+    "CogView4Transformer2DModel": Transformer(
+        (Stack("transformer_blocks", 0, NORM1, text_first=True),),
+        grid=grids.patches,
+    ),
     "CogVideoXTransformer3DModel": Transformer(
-        (Stack("transformer_blocks", 0, (at("msa", "norm1", 2), at("mlp", "norm2", 2)), text_first=True),)
+        (Stack("transformer_blocks", 0, (at("msa", "norm1", 2), at("mlp", "norm2", 2)), text_first=True),),
+        grid=grids.patches_of_frames,
     ),
-    "WanTransformer3DModel": Transformer((Stack("blocks", None, (table("msa", 2, "temb"), table("mlp", 5, "temb"))),)),
+    "WanTransformer3DModel": Transformer(
+        (Stack("blocks", None, (table("msa", 2, "temb"), table("mlp", 5, "temb"))),),
+        grid=grids.patches,
+    ),
     "LTXVideoTransformer3DModel": Transformer(
         (Stack("transformer_blocks", None, (table("msa", 2, "temb"), table("mlp", 5, "temb"))),),
         unbatched=("rope_interpolation_scale",),
+        grid=grids.stated,
     ),
     # one modulation for all blocks of a stack, so that alpha cannot vary with depth: a natural control
     "Flux2Transformer2DModel": Transformer(
@@ -286,9 +315,12 @@ TRANSFORMERS: dict[str, Transformer] = {
             ),
         ),
         tokens=_sequence,
+        grid=grids.image_ids,
     ),
     "MochiTransformer3DModel": Transformer(
-        (Stack("transformer_blocks", 0, TANH_NORM1, text_first=False),), ascending=True
+        (Stack("transformer_blocks", 0, TANH_NORM1, text_first=False),),
+        ascending=True,
+        grid=grids.patches,
     ),
 }
 
@@ -303,15 +335,18 @@ def research_row(model: nn.Module) -> Transformer | None:
     blocks = getattr(model, "blocks", None)
     if not isinstance(blocks, nn.ModuleList) or not len(blocks):
         return None
-    lasts = [getattr(block, "adaLN_modulation", [None])[-1] for block in blocks]
-    if not all(isinstance(last, nn.Linear) and last.out_features % 6 == 0 for last in lasts):
+    modulations = [getattr(block, "adaLN_modulation", None) for block in blocks]
+    lasts = [modulation[-1] for modulation in modulations if isinstance(modulation, nn.Sequential) and len(modulation)]
+    if len(lasts) < len(blocks) or not all(
+        isinstance(last, nn.Linear) and last.out_features % 6 == 0 for last in lasts
+    ):
         return None
     names = tuple(inspect.signature(type(model).forward).parameters)[1:]
     if len(names) < 2:
         return None
     return Transformer(
         (Stack("blocks", None, (chunk("msa", "adaLN_modulation", 2, 6), chunk("mlp", "adaLN_modulation", 5, 6))),),
-        channels=lambda model: lasts[0].out_features // 6,
+        channels=lambda model: known[0].out_features // 6,
         predicted_channels=lambda model: getattr(model, "in_channels", None),
         latents=names[0],
         timestep=names[1],

@@ -6,7 +6,7 @@ from typing import Any, Self
 
 from dgkit.anatomy import Anatomy, Call
 from dgkit.disruption import make_edit
-from dgkit.errors import DgkitError
+from dgkit.errors import DgkitError, ModelError
 from dgkit.guidance.calibrate import calibrate
 from dgkit.guidance.engine import Perturbation
 from dgkit.guidance.methods import Branching, Scale, check_scale, scale_at
@@ -45,6 +45,8 @@ class DG(Branching):
             raise DgkitError(f"{', '.join(lacking)} left out, but no preset for this model states it: give a value")
         block: Any = known.block
         dims: Any = known.dims
+        if "auto" in (block, dims) and pipe is None:
+            raise ModelError('"auto" needs a pipeline to look for block and dims with: give values')
         if "auto" in (block, dims):
             found = calibrate(pipe, block=None if block == "auto" else block, dims=None if dims == "auto" else dims)
             block, dims = found.block, found.dims

@@ -581,7 +581,7 @@ def test_a_class_without_a_row_is_refused() -> None:
 def test_a_block_without_room_for_the_image_is_refused() -> None:
     single = dissect(build("chroma")).blocks[-1]
     single.layout.tokens = 4
-    with pytest.raises(ModelError, match="returned 3 tokens for 4 image tokens.*a row of its own"):
+    with pytest.raises(ModelError, match="returned 3 tokens for 4 image tokens.*another row"):
         single.image(torch.zeros(1, 3, 16))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -52,8 +53,44 @@ def test_statistics_equal_those_of_kept_tensors(name: str) -> None:
         torch.testing.assert_close(trace.max_abs()[index], z.abs().amax((0, 1)), rtol=1e-6, atol=0)
         torch.testing.assert_close(trace.token_share()[index], massive.double().mean((0, 1)), rtol=0, atol=1e-6)
         torch.testing.assert_close(trace.tracked()[0, :, index].double(), mean[:, [3, 0]], rtol=1e-6, atol=1e-7)
+        energy = z.square().sum((0, 1))
+        torch.testing.assert_close(trace.energy_share()[index], energy / energy.sum(), rtol=1e-6, atol=1e-9)
+        share = float((z[..., 3].square().sum() + z[..., 0].square().sum()) / z.square().sum())
+        assert abs(float(trace.energy_share([3, 0])[index]) - share) <= 1e-6 * share
         if index == 1:
             torch.testing.assert_close(trace.tensors(1).double(), z)
+
+
+def test_energy_share_of_float16_does_not_overflow() -> None:
+    """300^2 is beyond float16; by one loop over tokens in float64."""
+    model = build("dit").half()
+    model.transformer_blocks[1].register_forward_hook(
+        lambda module, args, output: output + 300 * F.one_hot(torch.tensor(5), 16).half()
+    )
+    call = {k: v.half() if v.is_floating_point() else v for k, v in inputs("dit", 2).items()}
+    with torch.no_grad(), dgkit.record(model, keep=[1]) as trace:
+        model(**call)
+    in_channel = total = 0.0
+    for token in trace.tensors(1).double().flatten(0, 1).tolist():
+        in_channel += token[5] ** 2
+        total += sum(value**2 for value in token)
+    assert float(trace.energy_share([5])[1]) == pytest.approx(in_channel / total, rel=1e-6)
+    assert 0.99 < float(trace.energy_share([5])[1]) < 1
+    assert torch.allclose(trace.energy_share().sum(1), torch.ones(4, dtype=torch.float64))
+
+
+def test_energy_share_is_kept_per_timestep() -> None:
+    model, call = build("sd3"), inputs("sd3", 2)
+    call["timestep"] = torch.tensor([900, 10])
+    with torch.no_grad(), dgkit.record(model, keep=[2]) as trace:
+        model(**call)
+    for timestep in (900, 10):
+        energy = trace.tensors(2, timestep=timestep).double().square().sum((0, 1))
+        torch.testing.assert_close(trace.energy_share(timestep=timestep)[2], energy / energy.sum(), rtol=1e-6, atol=0)
+    with pytest.raises(DgkitError, match="dims=.*from 0 to 15"):
+        trace.energy_share([16])
+    with pytest.raises(DgkitError, match="timestep=5 was not recorded"):
+        trace.energy_share([3], timestep=5)
 
 
 def test_rows_of_different_timesteps_are_kept_apart() -> None:
