@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dgkit.anatomy import dissect
-    from dgkit.disruption import disrupt
+    from dgkit.disruption import Frames, disrupt
     from dgkit.gates import gate_agreement, residual_gates
     from dgkit.guidance.calibrate import calibrate
     from dgkit.guidance.guide import detail_guidance, guide
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 # imported on first use: torch and diffusers take seconds, and `dgkit --help` needs neither
 _HOMES = {
     "DetailGuidance": "guidance.modular",
+    "Frames": "disruption",
     "calibrate": "guidance",
     "detail_guidance": "guidance",
     "detect_massive": "massive",
@@ -31,6 +32,7 @@ _HOMES = {
 
 __all__ = [
     "DetailGuidance",
+    "Frames",
     "calibrate",
     "detail_guidance",
     "detect_massive",

@@ -3,16 +3,47 @@
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dgkit.anatomy import NO_CFG, Anatomy, CallReader, degraded_pass, dissect
+from dgkit.anatomy import NO_CFG, Anatomy, CallReader, Grid, degraded_pass, dissect
 from dgkit.checks import distinct, integer, one_of, part_of_steps
 from dgkit.errors import DgkitError, ModelError
 from dgkit.taps import compiled, tap
+
+
+@dataclass(frozen=True)
+class Frames:
+    """All image tokens of some frames of a video, for `disrupt(..., tokens=...)`.
+
+    Attributes:
+        frames: zero-based, of the latents: a video of n frames has fewer (for Wan (n - 1) / 4 + 1), and where patches
+            have a length of their own (CogVideoX 1.5: 2) a frame here is that many latent frames. An image has one.
+
+    Raises:
+        DgkitError: `frames` is not a list of distinct integers from 0.
+    """
+
+    frames: Sequence[int]
+
+    def __post_init__(self) -> None:
+        allowed = "a non-empty list of distinct integers from 0"
+        object.__setattr__(self, "frames", tuple(distinct("frames", self.frames, 0, allowed=allowed)))
+
+    def tokens(self, grid: Grid) -> list[int]:
+        """The tokens that they are in a grid.
+
+        Raises:
+            DgkitError: it has fewer frames.
+        """
+        if max(self.frames) >= grid.frames:
+            known = f"frames 0 to {grid.frames - 1}" if grid.frames > 1 else "frame 0 alone"
+            raise DgkitError(f"frames={list(self.frames)!r} is not allowed: what is generated has {known}")
+        area = grid.height * grid.width
+        return [token for frame in self.frames for token in range(frame * area, (frame + 1) * area)]
 
 
 @dataclass(frozen=True)
@@ -29,7 +60,15 @@ class Edit:
 
     kind: str
     dims: list[int]
-    tokens: list[int] | None = None
+    tokens: list[int] | Frames | None = None
+
+    def on(self, grid: Grid) -> "Edit":
+        """The same edit with frames written out as tokens.
+
+        Raises:
+            DgkitError: there is no such frame.
+        """
+        return replace(self, tokens=self.tokens.tokens(grid)) if isinstance(self.tokens, Frames) else self
 
     def __call__(self, image: Tensor) -> Tensor:
         """The edited copy of image tokens (B, T, C).
@@ -38,6 +77,7 @@ class Edit:
             DgkitError: there are fewer tokens than `tokens` names.
         """
         edited = image.clone()
+        assert not isinstance(self.tokens, Frames), "they are written out before"
         value = image[..., self.dims].mean(1, keepdim=True) if self.kind == "mean" else 0
         if self.tokens is None:
             edited[..., self.dims] = value
@@ -54,19 +94,24 @@ EDIT_KINDS = ("zero", "mean", "random")
 
 
 def make_edit(
-    anatomy: Anatomy, dims: Sequence[int], kind: str = "zero", seed: int = 0, tokens: Sequence[int] | None = None
+    anatomy: Anatomy,
+    dims: Sequence[int],
+    kind: str = "zero",
+    seed: int = 0,
+    tokens: Sequence[int] | Frames | None = None,
 ) -> Edit:
     """The checked edit of `dims`; for kind "random" the drawn channels exclude `dims`.
 
     Raises:
         DgkitError: a dim does not exist, `kind` is unknown, `seed` is no integer, too few other channels are left, or
-            `tokens` is not a list of distinct integers from 0.
+            `tokens` is neither a list of distinct integers from 0 nor `Frames`.
     """
     checked = anatomy.dims(dims)
     one_of("kind", kind, EDIT_KINDS)
     integer("seed", seed)
-    allowed = "a non-empty list of distinct integers from 0, or None"
-    places = None if tokens is None else distinct("tokens", tokens, 0, allowed=allowed)
+    allowed = "a non-empty list of distinct integers from 0, Frames, or None"
+    known = tokens is None or isinstance(tokens, Frames)
+    places: Any = tokens if known else distinct("tokens", tokens, 0, allowed=allowed)
     if kind == "random":
         others = [c for c in range(anatomy.channels) if c not in checked]
         if len(others) < len(checked):
@@ -84,7 +129,7 @@ def disrupt(
     dims: Sequence[int],
     kind: str = "zero",
     seed: int = 0,
-    tokens: Sequence[int] | None = None,
+    tokens: Sequence[int] | Frames | None = None,
     start: float = 0.0,
     stop: float = 1.0,
     keep_norm: bool = False,
@@ -99,7 +144,8 @@ def disrupt(
         dims: the channels; for kind "random" the ones to leave alone.
         kind: "zero", "mean" or "random", see `Edit`.
         seed: decides the draw of kind "random".
-        tokens: the image tokens that are edited, counted row by row; None for all.
+        tokens: the image tokens that are edited, counted row by row (of a video frame by frame), or the `Frames` whose
+            tokens are; None for all.
         start, stop: the part of the steps with the edit, from int(start * steps) to before int(stop * steps); anything
             but all steps needs a pipeline.
         keep_norm: let the later LayerNorms of the image tokens normalise with the mean and variance that the tokens
@@ -112,7 +158,8 @@ def disrupt(
 
     Raises:
         DgkitError: bad `block`, `dims`, `kind`, `seed`, `tokens`, `start` or `stop`.
-        ModelError: see `dgkit.anatomy.dissect`; or `keep_norm` with another class or with compiled blocks.
+        ModelError: see `dgkit.anatomy.dissect`; `keep_norm` with another class or with compiled blocks; or `Frames`
+            where the grid of the tokens is not known.
     """
     anatomy = dissect(target, transformer=transformer)
     edited = anatomy.block(block)
@@ -122,6 +169,7 @@ def disrupt(
         raise DgkitError(
             f"start={start!r}, stop={stop!r} is not allowed: a bare transformer has no steps, give a pipeline"
         )
+    grid = anatomy.grid() if isinstance(tokens, Frames) else None
     norms = anatomy.norms_after(block) if keep_norm else []
     if keep_norm and any(compiled(later.module) for later in anatomy.blocks[block + 1 :]):
         raise ModelError("keep_norm=True does not work with compiled blocks, whose LayerNorms cannot be reached")
@@ -130,13 +178,16 @@ def disrupt(
     def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = read(args, kwargs)
         now.active = (call.ours or call.loop is None) and call.within(start, stop)
+        now.grid = grid(call.arguments) if grid is not None and now.active else None
         now.removed = None
 
     def change(module: nn.Module, args: Any, output: Any) -> Any:
         if not now.active:
             return None
         image = edited.image(output)
-        changed = edit(image)
+        if now.grid is not None:
+            now.grid.fit(image)
+        changed = edit(image) if now.grid is None else edit.on(now.grid)(image)
         if keep_norm:
             now.removed = (image - changed)[..., edit.dims]
         return edited.with_image(output, changed)
@@ -161,10 +212,12 @@ class _UnderWay(threading.local):
     """The call under way in each thread: whether it is edited, and what that removed in the edited channels.
 
     Attributes:
+        grid: of its image tokens, where `Frames` are edited.
         removed: z - edited z, (B, T, D).
     """
 
     active: bool = True
+    grid: Grid | None = None
     removed: Tensor | None = None
 
 

@@ -4,12 +4,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dgkit.anatomy import COND, Anatomy, Block, CallReader, Gate, Pass, degraded_pass, dissect
+from dgkit.anatomy import COND, Anatomy, Block, CallReader, Gate, Grid, Pass, degraded_pass, dissect
 from dgkit.checks import number, refuse
 from dgkit.errors import DgkitError
 from dgkit.taps import compiled, hook, tap
@@ -17,7 +18,7 @@ from dgkit.taps import compiled, hook, tap
 
 @dataclass
 class Cell:
-    """Running sums for one (label, timestep): L blocks, G gates, C channels, D tracked dims.
+    """Running sums for one (label, timestep): L blocks, G gates, C channels, D tracked dims, M mapped dims, T tokens.
 
     `images` and `gate_images` count images per block and per gate, because a degraded pass computes only the last ones.
     """
@@ -30,6 +31,7 @@ class Cell:
     gate_images: Tensor
     sum_gate: Tensor
     sum_abs_gate: Tensor
+    sum_maps: Tensor  # (L, M, T)
     tracked: list[list[Tensor]]
     tensors: dict[int, list[Tensor]]
 
@@ -37,22 +39,27 @@ class Cell:
 class Trace:
     """Streaming statistics of the block outputs z^k and residual gates alpha_k seen by `record`.
 
-    Size: 4 L C + 2 G C numbers per (label, timestep), however many images pass; plus, only where asked for, one number
-    per image, timestep, block and tracked dim, and the full tensors of kept blocks.
+    Size: 4 L C + 2 G C numbers per (label, timestep), however many images pass; plus, only where asked for, L T of them
+    for each mapped dim (T image tokens), one number per image, timestep, block and tracked dim, and the full tensors of
+    kept blocks.
 
     Attributes:
         anatomy: the recorded transformer.
         ratio: r of the token condition: a token is massive in a channel when |z| exceeds r times the median over
             channels of that image's mean |z|.
         track: the dims whose mean |z| is kept per image.
+        maps: the dims whose mean |z| is kept per image token.
+        grid: (frames, height, width) of the image tokens, known with `maps` from the first call on.
         gate_rows: (block, branch) of each of the G residual gates.
     """
 
-    def __init__(self, anatomy: Anatomy, ratio: float, track: list[int], keep: list[int]) -> None:
+    def __init__(self, anatomy: Anatomy, ratio: float, track: list[int], keep: list[int], maps: list[int]) -> None:
         self.anatomy = anatomy
         self.ratio = ratio
         self.track = track
         self.keep = keep
+        self.maps = maps
+        self.grid: Grid | None = None
         self.gate_rows = [(block.index, gate.branch) for block in anatomy.blocks for gate, _ in block.gates]
         self._cells: dict[tuple[str, float], Cell] = {}
 
@@ -123,6 +130,19 @@ class Trace:
             raise DgkitError(f"block={block!r} was not kept: record(..., keep={self.keep!r}) decides")
         return torch.cat([z for cell in self._select(label, timestep) for z in cell.tensors[block]])
 
+    def map(self, block: int, dim: int, label: str | None = None, timestep: float | None = None) -> Tensor:
+        """Mean |z| over images of each image token in a mapped dim, (frames, height, width) in tokens.
+
+        Over all timesteps if `timestep` is None.
+        """
+        index = self.anatomy.block(block).index
+        if dim not in self.maps:
+            raise DgkitError(f"dim={dim!r} was not mapped: record(..., maps={self.maps!r}) decides")
+        cells = self._select(label, timestep)
+        assert self.grid is not None, "known before anything is taken in"
+        total = torch.stack([c.sum_maps[index, self.maps.index(dim)] for c in cells]).sum(0)
+        return (total / sum(c.images[index] for c in cells)).reshape(self.grid)
+
     def _label(self, label: str | None) -> str:
         if not self._cells:
             raise DgkitError("the trace is empty: run the pipeline inside `with record(...)`")
@@ -158,14 +178,29 @@ class Trace:
                 gate_images=zeros(gates),
                 sum_gate=zeros(gates, channels),
                 sum_abs_gate=zeros(gates, channels),
+                sum_maps=zeros(blocks, len(self.maps), prod(self.grid or ())),
                 tracked=[[] for _ in range(blocks)],
                 tensors={block: [] for block in self.keep},
             )
         return self._cells[key]
 
+    def lay_out(self, grid: Grid) -> None:
+        """Take in the grid of the image tokens of a call, for `maps`.
+
+        Raises:
+            DgkitError: it is another than that of the calls before.
+        """
+        if self.grid not in (None, grid):
+            before, now = (" x ".join(map(str, sides)) for sides in (self.grid or (), grid))
+            raise DgkitError(f"maps={self.maps!r} are of {before} tokens, not of {now}: record images of one size")
+        self.grid = grid
+
     def add_block(self, index: int, image: Tensor, current: Pass) -> None:
         """Take in the image tokens (B, T, C) of block `index`."""
+        if self.grid is not None:
+            self.grid.fit(image)
         magnitude = image.abs()
+        mapped = magnitude[..., self.maps].mT if self.maps else None  # (B, M, T), before it is overwritten
         mean = magnitude.mean(1, dtype=torch.float32)  # (B, C)
         largest = magnitude.amax(1)
         square = image.float().square().sum(1)  # in float16 squares would overflow
@@ -179,6 +214,8 @@ class Trace:
             cell.sum_token_share[index] += share[rows].sum(0)
             cell.sum_square[index] += square[rows].sum(0)
             cell.max_abs[index] = torch.maximum(cell.max_abs[index], largest[rows].amax(0))
+            if mapped is not None:
+                cell.sum_maps[index] += mapped[rows].sum(0, dtype=torch.float64)
             if self.track:
                 cell.tracked[index].append(mean[rows][:, self.track].cpu())
             if index in self.keep:
@@ -206,6 +243,7 @@ def record(
     ratio: float = 5.0,
     track: Sequence[int] = (),
     keep: Sequence[int] = (),
+    maps: Sequence[int] = (),
     cfg: str | None = None,
     transformer: str = "transformer",
 ) -> Iterator[Trace]:
@@ -216,6 +254,7 @@ def record(
         ratio: r of the token condition, see `Trace.ratio`.
         track: dims whose mean |z| is kept per image, timestep and block.
         keep: blocks whose full image tokens are kept (memory grows with every pass).
+        maps: dims whose mean |z| over images is kept per image token, see `Trace.map`; all images of one size.
         cfg: how the rows of a call are to be labelled, where dgkit does not know: see `guide`.
         transformer: which of the pipeline's transformers, see `dgkit.anatomy.dissect`.
 
@@ -224,7 +263,7 @@ def record(
 
     Raises:
         DgkitError: `ratio` is not above 1, or a dim or block does not exist.
-        ModelError: see `dgkit.anatomy.dissect` and `guide`.
+        ModelError: see `dgkit.anatomy.dissect` and `guide`; `maps` where the grid of the tokens is not known.
     """
     anatomy = dissect(target, transformer=transformer)
     number("ratio", ratio, above=1, allowed="a token is massive above ratio x the median, ratio > 1")
@@ -233,14 +272,19 @@ def record(
     trace = Trace(
         anatomy,
         float(ratio),
-        [] if isinstance(track, Sequence) and not track else anatomy.dims(track),
+        _dims(anatomy, "track", track),
         [anatomy.block(index).index for index in keep],
+        _dims(anatomy, "maps", maps),
     )
+    grid = anatomy.grid() if trace.maps else None
     read = CallReader(target, anatomy, cfg)
     now, lock = _UnderWay(), threading.Lock()
 
     def begin(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = read(args, kwargs)
+        if grid is not None:
+            with lock:
+                trace.lay_out(grid(call.arguments))
         now.current = Pass(call.labels, call.timesteps)
 
     def watch_block(block: Block) -> Callable[..., None]:
@@ -273,6 +317,10 @@ def record(
                     taps.callback(hook(module, "register_forward_hook", watch_gate(row, gate), with_kwargs=True))
                 row += 1
         yield trace
+
+
+def _dims(anatomy: Anatomy, name: str, dims: Sequence[int]) -> list[int]:
+    return [] if isinstance(dims, Sequence) and not dims else anatomy.dims(dims, name)
 
 
 class _UnderWay(threading.local):

@@ -301,7 +301,7 @@ def test_gates_of_the_trace_equal_the_adaln_output() -> None:
         ({"track": [99]}, "because of 99"),
         ({"keep": [7]}, "block=7 is not allowed"),
         ({"keep": 1}, "keep=1 is not allowed: give a list of blocks"),
-        ({"track": 5}, "dims=5 is not allowed"),
+        ({"track": 5}, "track=5 is not allowed"),
     ],
 )
 def test_record_refuses(options: dict, words: str) -> None:
