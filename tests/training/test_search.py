@@ -40,10 +40,10 @@ def test_the_loss_chooses_the_rate_at_which_the_rest_is_tried(tried: list[search
 def test_a_trial_is_run_once(tried: list[search.Trial], tmp_path: Path) -> None:
     search.search("tiny-dit", tmp_path)
     rows = json.loads(search.FILE.read_text())
-    assert len(tried) == len(rows) == 5 and all(row["width"] == 128 for row in rows)
+    assert len(tried) == len(rows) == 6 and all(row["width"] == 128 for row in rows)
     search.FILE.write_text(json.dumps(rows[:3]))  # a run that was killed
     again = search.search("tiny-dit", tmp_path)
-    assert len(tried) == 7 and again == rows
+    assert len(tried) == 9 and again == rows
 
 
 def test_the_page_shows_every_trial_and_marks_the_lowest_loss(
@@ -52,6 +52,6 @@ def test_the_page_shows_every_trial_and_marks_the_lowest_loss(
     search.search("tiny-dit", tmp_path)
     monkeypatch.setattr(page, "FILE", search.FILE)
     lines = page.trials().splitlines()[2:]
-    assert len(lines) == 5
-    assert "| **0.6000** | 2.0 (block 2) |" in lines[4] and sum("**" in line for line in lines) == 1
+    assert len(lines) == 6
+    assert "| **0.6000** | 2.0 (block 2) |" in lines[5] and sum("**" in line for line in lines) == 1
     assert lines[0] == "| `tiny-dit` | 0.001 | 128 | 64 | 0.999 | 600 | 0.9000 | 1.0 (block 2) |"
