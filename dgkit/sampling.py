@@ -68,7 +68,7 @@ def generate(
     parts = []
     for start in range(0, len(conditions), batch_size):
         batch = slice(start, start + batch_size)
-        with _no_progress_bar(pipe):
+        with no_progress_bar(pipe):
             output = pipe(
                 **{row.condition: list(conditions[batch])},
                 generator=[torch.Generator().manual_seed(int(seed)) for seed in seeds[batch]],
@@ -84,7 +84,7 @@ def generate(
 
 
 @contextmanager
-def _no_progress_bar(pipe: Any) -> Iterator[None]:
+def no_progress_bar(pipe: Any) -> Iterator[None]:
     """Per batch it would be noise; the pipeline's own setting comes back."""
     own = getattr(pipe, "_progress_bar_config", None)
     pipe.set_progress_bar_config(disable=True)

@@ -27,7 +27,7 @@ class Blocks(Branching):
 
     blocks: Sequence[int] = ()
 
-    def bound(self, pipe: Any, anatomy: Anatomy) -> Self:
+    def bound(self, pipe: Any, anatomy: Anatomy, cfg: str | None = None) -> Self:
         if isinstance(self.blocks, str) or not isinstance(self.blocks, Sequence):
             refuse("blocks", self.blocks, "give a list of blocks")
         middle = len(anatomy.blocks) // 2
@@ -176,7 +176,7 @@ class Autoguidance(Branching):
     name = "autoguidance"
     bad: nn.Module | None = None
 
-    def bound(self, pipe: Any, anatomy: Anatomy) -> Self:
+    def bound(self, pipe: Any, anatomy: Anatomy, cfg: str | None = None) -> Self:
         if not isinstance(self.bad, nn.Module) or self.bad is anatomy.model:
             raise DgkitError("bad is not allowed: give another transformer, a worse one of the same inputs")
         if type(self.bad) is not type(anatomy.model):

@@ -37,7 +37,7 @@ class DG(Branching):
         super().__post_init__()
         check_scale("scale_with_cfg", self.scale_with_cfg)
 
-    def bound(self, pipe: Any, anatomy: Anatomy) -> Self:
+    def bound(self, pipe: Any, anatomy: Anatomy, cfg: str | None = None) -> Self:
         given = {name: getattr(self, name) for name in ("block", "dims", "scale", "scale_with_cfg")}
         known = settings_for(anatomy, **given)
         lacking = [name for name in ("scale", "block", "dims") if getattr(known, name) is None]
@@ -48,7 +48,13 @@ class DG(Branching):
         if "auto" in (block, dims) and pipe is None:
             raise ModelError('"auto" needs a pipeline to look for block and dims with: give values')
         if "auto" in (block, dims):
-            found = calibrate(pipe, block=None if block == "auto" else block, dims=None if dims == "auto" else dims)
+            found = calibrate(
+                pipe,
+                block=None if block == "auto" else block,
+                dims=None if dims == "auto" else dims,
+                cfg=cfg,
+                transformer=next(name for name, part in pipe.components.items() if part is anatomy.model),
+            )
             block, dims = found.block, found.dims
         block, dims = anatomy.block(block).index, anatomy.dims(dims)
         make_edit(anatomy, dims, self.kind, self.seed)

@@ -106,7 +106,7 @@ def _guiding(
     if any(other is subject or anatomy.model in (other, subject) for other in others):
         raise ModelError("this transformer is already guided: leave the outer `with` first")
     engine = Engine(anatomy, sharing)
-    bound = [method.bound(None if by_itself else target, anatomy) for method in methods]
+    bound = [method.bound(None if by_itself else target, anatomy, cfg) for method in methods]
     if read.cfg == TWO_CALLS:
         _refuse_two_scales(target, bound)
     steps = _Steps(read, engine, bound, None if by_itself else lambda: getattr(target, transformer))

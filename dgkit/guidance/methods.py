@@ -58,8 +58,8 @@ class Method:
         check_scale("scale", self.scale)
         part_of_steps(self.start, self.stop)
 
-    def bound(self, pipe: Any, anatomy: Anatomy) -> Self:
-        """The method with everything left out filled in and checked for this pipeline."""
+    def bound(self, pipe: Any, anatomy: Anatomy, cfg: str | None = None) -> Self:
+        """The method with everything left out filled in and checked for this pipeline; `cfg` as in `dgkit.guide`."""
         return self
 
     def active(self, call: Call) -> bool:
