@@ -11,6 +11,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from dgkit.anatomy import COND, UNCOND, Call, dissect
+from dgkit.anatomy.guider_loops import generated_tokens, number_of_steps
 from dgkit.checks import integer, is_integer, number, refuse
 from dgkit.errors import DgkitError, ModelError
 from dgkit.guidance.dg import DG
@@ -61,15 +62,17 @@ class DetailGuidance(BaseGuidance):
         block: zero-based block, the paper's m - 1; the model's preset (Table 4) by default.
         dims: channels to edit; the model's preset (Table 4) by default.
         kind, seed: how to edit them, see `dgkit.disrupt`; the paper zeroes them.
-        start, stop: the part of the steps with Detail Guidance, from int(start * steps) to before int(stop * steps).
-            CFG goes on in all steps, as in `dgkit.detail_guidance` (other guiders of diffusers stop CFG, too).
+        start, stop: the part of the steps with Detail Guidance, from int(start * steps) to before int(stop * steps);
+            each timestep of the schedule is a step, as in `dgkit.detail_guidance` (Heun's has nearly twice as many as
+            the pipeline is asked for). CFG goes on in all steps (other guiders of diffusers stop CFG, too).
         sharing: how c and c_m share work, see `dgkit.guidance.Engine`.
         enabled: whether to guide at all; if not, each step uses c.
 
     Raises:
         DgkitError: an argument out of range, at once or, where it depends on the model, in the first step; or there one
             that is left out and that no preset states; or CFG without a negative prompt.
-        ModelError: a denoiser that dgkit cannot guide, or a diffusers with other guiders.
+        ModelError: a denoiser that dgkit cannot guide, a loop that does not tell its number of steps where `start` or
+            `stop` need it, or a diffusers with other guiders.
     """
 
     _input_predictions = [_COND, _UNCOND, _DEGRADED]
@@ -111,26 +114,52 @@ class DetailGuidance(BaseGuidance):
         self._engine: Engine | None = None  # of the step under way
         self._degraded: Any = None  # the transformer's output with c_m, from the call for c to the loop's own
         self._delivered = False
+        self._in_step = False  # from `set_state` to the guided prediction
 
     # ---- which predictions a step needs
 
+    def set_state(self, step: int, num_inference_steps: int, timestep: Any) -> None:
+        """Begin a step; see diffusers.
+
+        Raises:
+            ModelError: see the class.
+        """
+        if (self._given.start, self._given.stop) != (0.0, 1.0):
+            # `num_inference_steps` is what the user asked for, not how many steps the schedule has
+            found = number_of_steps(step, timestep)
+            if found is None:
+                raise ModelError(
+                    f"start={self._given.start!r}, stop={self._given.stop!r} cannot be kept: the pipeline's loop does "
+                    f"not tell how many timesteps it has; leave them out"
+                )
+            num_inference_steps = found
+        super().set_state(step, num_inference_steps, timestep)
+        self._in_step = True
+
     def active_predictions(self) -> list[str]:
         """The predictions of this step, in the order in which the loop makes them."""
-        with_cfg = self._enabled and not math.isclose(self.guidance_scale, 1.0)
         with_dg = self._enabled and self._given.scale != 0 and self._in_window()
-        return [_COND, *[_UNCOND] * with_cfg, *[_DEGRADED] * with_dg]
+        return [_COND, *[_UNCOND] * self._with_cfg(), *[_DEGRADED] * with_dg]
 
     def _in_window(self) -> bool:
         start, stop, count = self._given.start, self._given.stop, self._num_inference_steps
-        # schedulers of second order count more steps than the pipeline does
         if count is None or (start, stop) == (0.0, 1.0):
             return True
         return int(start * count) <= self._step < int(stop * count)
 
     @property
     def num_conditions(self) -> int:
-        """How many predictions this step needs."""
-        return len(self.active_predictions())
+        """How many predictions this step needs.
+
+        Before and after the steps pipelines ask whether it is more than one to know whether to make a negative prompt:
+        so it is, also without CFG, because the loops of Wan and LTX refuse to run without.
+        """
+        if self._in_step:
+            return len(self.active_predictions())
+        return 2 if self._with_cfg() or (self._enabled and self._given.scale != 0) else 1
+
+    def _with_cfg(self) -> bool:
+        return self._enabled and not math.isclose(self.guidance_scale, 1.0)
 
     @property
     def is_conditional(self) -> bool:
@@ -140,20 +169,27 @@ class DetailGuidance(BaseGuidance):
     def prepare_inputs(self, data: dict[str, Any]) -> list[Any]:
         """One batch of the loop's inputs for each prediction; see diffusers."""
         predictions = self.active_predictions()
-        # else CFG would run on two equal predictions and do nothing
-        if _UNCOND in predictions and not any(isinstance(value, tuple) for value in data.values()):
-            raise DgkitError(
-                f'guidance_scale={self.guidance_scale!r} needs a negative prompt: pass negative_prompt="" or more, or '
-                f"use guidance_scale=1.0"
-            )
+        if _UNCOND in predictions:
+            self._require_negative([value for value in data.values() if isinstance(value, tuple)])
         return [self._prepare_batch(data, int(name == _UNCOND), name) for name in predictions]
 
     def prepare_inputs_from_block_state(self, data: Any, input_fields: dict[str, Any]) -> list[Any]:
         """The same, where the loop names its inputs."""
+        predictions = self.active_predictions()
+        if _UNCOND in predictions:
+            pairs = [names for names in input_fields.values() if isinstance(names, tuple)]
+            self._require_negative([tuple(getattr(data, name, None) for name in names) for names in pairs])
         return [
-            self._prepare_batch_from_block_state(input_fields, data, int(name == _UNCOND), name)
-            for name in self.active_predictions()
+            self._prepare_batch_from_block_state(input_fields, data, int(name == _UNCOND), name) for name in predictions
         ]
+
+    def _require_negative(self, pairs: list[tuple[Any, ...]]) -> None:
+        """Refuse CFG on two equal predictions, or on what is None; `pairs` are of the prompt and the negative one."""
+        if not pairs or any(positive is not None and negative is None for positive, negative in pairs):
+            raise DgkitError(
+                f'guidance_scale={self.guidance_scale!r} needs a negative prompt: pass negative_prompt="" or more, or '
+                f"use guidance_scale=1.0"
+            )
 
     # ---- the calls of the denoiser
 
@@ -200,6 +236,14 @@ class DetailGuidance(BaseGuidance):
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             call = Call.of(engine.anatomy, args, kwargs)
             call.labels = (label,) * call.batch
+            if any(call.arguments.get(name) is not None for name in ("kv_cache", "kv_caches")):
+                raise ModelError(
+                    "the pipeline keeps keys and values of its blocks from step to step, which the pass for c_m would "
+                    "overwrite: call it with use_kv_cache=False"
+                )
+            generated = generated_tokens(call.latents)
+            if generated is not None:
+                engine.anatomy.layout.generated = generated
             engine.begin([dg.perturbation(call)] if degrade else [], call)
 
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -230,7 +274,9 @@ class DetailGuidance(BaseGuidance):
                 f"is not degraded: {_MOVED}"
             )
         self._engine = None
-        return super().__call__(data)
+        output = super().__call__(data)
+        self._in_step = False
+        return output
 
     def forward(
         self, pred_cond: Tensor, pred_uncond: Tensor | None = None, pred_cond_degraded: Tensor | None = None
