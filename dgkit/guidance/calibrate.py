@@ -309,8 +309,9 @@ def _run(pipe: Any, arguments: dict[str, Any]) -> None:
             name
             for name in signature(type(pipe).__call__).parameters
             if ("embeds" in name or name.endswith(("image", "video"))) and "negative" not in name
+            if name not in arguments
         ]
-        also = f" (its call also takes {', '.join(name for name in wanted if name not in arguments)})" if wanted else ""
+        also = f" (its call also takes {', '.join(wanted)})" if wanted else ""
         raise ModelError(
             f"{type(pipe).__name__} does not run with {', '.join(arguments)}: {type(error).__name__}: {error}; "
             f"{_without_encoder(pipe)}give dgkit.calibrate what it needs besides or in place of prompts{also}"

@@ -54,7 +54,9 @@ def _drawn(calibration: Calibration, plt: Any) -> "Figure":
     shown, wide = _binned(ratios)
     norm = LogNorm(1, max(float(ratios[ratios.isfinite()].max()), 2 * RATIO))
     extent = (-0.5, wide * shown.shape[1] - 0.5, len(ratios) - 0.5, -0.5)
-    image = chart.imshow(shown, norm=norm, cmap="cividis", aspect="auto", interpolation="nearest", extent=extent)
+    image = chart.imshow(
+        shown.numpy(), norm=norm, cmap="cividis", aspect="auto", interpolation="nearest", extent=extent
+    )
     bar = figure.colorbar(image, ax=chart, location="top", extend="min", aspect=40, pad=0.02)
     bar.set_label("ratio: mean |z| over that of the block's median channel")
     bar.ax.axvline(RATIO, color="white", ls="--", lw=1)
