@@ -169,23 +169,26 @@ class DetailGuidance(BaseGuidance):
     def prepare_inputs(self, data: dict[str, Any]) -> list[Any]:
         """One batch of the loop's inputs for each prediction; see diffusers."""
         predictions = self.active_predictions()
-        if _UNCOND in predictions:
-            self._require_negative([value for value in data.values() if isinstance(value, tuple)])
+        self._check_prompts([value for value in data.values() if isinstance(value, tuple)])
         return [self._prepare_batch(data, int(name == _UNCOND), name) for name in predictions]
 
     def prepare_inputs_from_block_state(self, data: Any, input_fields: dict[str, Any]) -> list[Any]:
         """The same, where the loop names its inputs."""
         predictions = self.active_predictions()
-        if _UNCOND in predictions:
-            pairs = [names for names in input_fields.values() if isinstance(names, tuple)]
-            self._require_negative([tuple(getattr(data, name, None) for name in names) for names in pairs])
+        pairs = [names for names in input_fields.values() if isinstance(names, tuple)]
+        self._check_prompts([tuple(getattr(data, name, None) for name in names) for names in pairs])
         return [
             self._prepare_batch_from_block_state(input_fields, data, int(name == _UNCOND), name) for name in predictions
         ]
 
-    def _require_negative(self, pairs: list[tuple[Any, ...]]) -> None:
-        """Refuse CFG on two equal predictions, or on what is None; `pairs` are of the prompt and the negative one."""
-        if not pairs or any(positive is not None and negative is None for positive, negative in pairs):
+    def _check_prompts(self, pairs: list[tuple[Any, ...]]) -> None:
+        """Refuse more than a prompt and a negative one, and CFG without the latter, which would do nothing."""
+        if any(len(pair) != 2 for pair in pairs):
+            raise ModelError(
+                "the pipeline's loop has predictions of its own beside the conditional and the unconditional one, as "
+                "LTX-2's has: dgkit.DetailGuidance cannot take the place of its guider"
+            )
+        if self._with_cfg() and not any(positive is not None and negative is not None for positive, negative in pairs):
             raise DgkitError(
                 f'guidance_scale={self.guidance_scale!r} needs a negative prompt: pass negative_prompt="" or more, or '
                 f"use guidance_scale=1.0"

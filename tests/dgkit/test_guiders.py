@@ -61,7 +61,8 @@ class Guided(Family):
     rescaled: bool = False
 
     def run(self, pipe: Any, with_cfg: bool) -> Tensor:
-        with self.around():
+        with self.around(), torch.random.fork_rng():
+            torch.manual_seed(0)
             given = self.arguments(with_cfg or self.negative, self.batch)
             return pipe(**given, num_inference_steps=STEPS, output="latents")
 
@@ -75,7 +76,9 @@ class Ordinary(Guided):
     """One that is not modular, out of `small_pipelines`."""
 
     def run(self, pipe: Any, with_cfg: bool) -> Tensor:
-        return pipe(**self.arguments(True, self.batch), return_dict=False)[0]
+        with self.around(), torch.random.fork_rng():
+            torch.manual_seed(0)
+            return pipe(**self.arguments(True, self.batch), return_dict=False)[0]
 
     def guide_by(self, pipe: Any, guider: Any) -> None:
         pipe.guider = guider
@@ -162,6 +165,17 @@ def video_15(cfg: bool, n: int) -> Arguments:
     return latents(n, 4, 2, 4, 4, num_frames=5) | prompt(cfg, n, **masks(n), **second(n))
 
 
+def refiner() -> nn.Module:
+    return small._changed(
+        "hunyuan_image",
+        patch_size=(1, 1, 1),
+        in_channels=8,
+        out_channels=4,
+        rope_axes_dim=(4, 2, 2),
+        guidance_embeds=True,
+    )
+
+
 WAN = (Stack("blocks"),)
 FLUX2 = (Stack("transformer_blocks", 1), Stack("single_transformer_blocks", None, small.LAST))
 FLUX2_EDIT = (
@@ -244,14 +258,7 @@ FAMILIES = (
     Guided(
         "ltx image to video",
         core("ltx.modular_blocks_ltx.LTXImage2VideoCoreDenoiseStep", lambda: tiny_models.build("ltx")),
-        lambda cfg, n: (
-            ltx(cfg, n)
-            | {
-                "image_latents": small._rand("image", n, 16, 1, 4, 4),
-                "latents": None,
-                "generator": torch.Generator().manual_seed(0),
-            }
-        ),
+        lambda cfg, n: ltx(cfg, n) | {"image_latents": small._rand("image", n, 16, 1, 4, 4), "latents": None},
         TWO,
         small.ALONE,
         negative=True,
@@ -366,6 +373,18 @@ FAMILIES = (
         TWO,
         (Stack("transformer_blocks", 0),),
         batch=1,
+    ),
+    Ordinary(
+        "HunyuanImageRefinerPipeline",
+        lambda: small._pipe("HunyuanImageRefinerPipeline", refiner()),
+        lambda cfg, n: (
+            prompt(cfg, n, **masks(n))
+            | {"image": small._rand("image", n, 4, 2, 4, 4), "latents": small._rand("latents", n, 4, 2, 4, 4)}
+            | {"height": 64, "width": 64, "num_inference_steps": STEPS, "output_type": "latent"}
+        ),
+        TWO,
+        (Stack("transformer_blocks", 0), Stack("single_transformer_blocks", 0)),
+        block=3,
     ),
     ordinary("HunyuanImagePipeline"),
     ordinary("HunyuanVideo15Pipeline"),
@@ -578,6 +597,18 @@ def test_cfg_without_a_negative_prompt_is_refused(name: str) -> None:
     with pytest.raises(DgkitError, match=r"guidance_scale=4.0 needs a negative prompt: .* guidance_scale=1.0"):
         guided(name, False, guider_of(name, True))
     assert marks(name) == marks_before
+
+
+@pytest.mark.parametrize("names", [("a", "b", "b", "a"), ("a",)])
+def test_a_loop_with_predictions_of_its_own_is_refused(names: tuple[str, ...]) -> None:
+    """LTX-2's tells its guider of four."""
+    guider = DetailGuidance(scale=W, block=1, dims=DIMS)
+    block_state = BlockState(a=torch.zeros(1), b=torch.ones(1))
+    guider.set_state(0, STEPS, torch.tensor(500.0))
+    with pytest.raises(ModelError, match="predictions of its own beside the conditional and the unconditional one"):
+        guider.prepare_inputs_from_block_state(block_state, {"encoder_hidden_states": names})
+    with pytest.raises(ModelError, match="predictions of its own"):
+        guider.prepare_inputs({"encoder_hidden_states": tuple(getattr(block_state, name) for name in names)})
 
 
 # ----------------------------------------------------------------------------------------------------- reference images
