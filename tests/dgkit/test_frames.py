@@ -17,7 +17,7 @@ import dgkit
 from dgkit.errors import DgkitError, ModelError
 from tests.naive_guidance import conditional_rows, image
 from tests.small_pipelines import BY_NAME, Family, _changed
-from tests.tiny_models import ALL_CLASSES, build, inputs
+from tests.tiny_models import ALL_CLASSES, build, inputs, streams
 
 # latents of three frames (in two transformers of images: one) of 8 x 12, or packed 4 x 6 tokens
 VIDEO = (2, 4, 3, 8, 12)
@@ -123,15 +123,23 @@ def test_map_is_the_mean_of_each_token(name: str, cfg: bool) -> None:
     assert set(trace.labels) == ({"cond", "uncond"} if cfg else {"cond"})
 
 
-PACKED = ("flux", "bria", "longcat_image", "ovis_image", "chroma", "flux2", "qwen_image", "ltx")
-PATCHED = [name for name in ALL_CLASSES if name not in PACKED]
+# whose other arguments do not depend on the size of the latents
+ANY_SIZE = (
+    "cogvideox", "wan", "mochi", "z_image", "hunyuan_video", "hunyuan_video_15", "skyreels_v2", "anyflow",
+    "easyanimate", "sana_video", "motif_video", "sd3", "dit", "pixart", "sana", "auraflow", "lumina2",
+    "hunyuan_image", "cogview3_plus", "cogview4", "prx",
+)  # fmt: skip
 
 
-def wide_latents(name: str, count: int, height: int, width: int) -> Tensor:
-    """Latents of one video of `count` frames, or image, in patches of 2 x 2."""
-    shape = {"cogvideox": (count, 4), "wan": (4, count), "mochi": (4, count), "z_image": (4, count)}.get(name, (4,))
-    g = torch.Generator().manual_seed(1)
-    return torch.randn(1, *shape, 2 * height, 2 * width, generator=g)
+def latents_of(name: str) -> Tensor:
+    """Those of `tiny_models.inputs`, for one image of 4 x 4 tokens."""
+    call = inputs(name, 1, tokens=4)
+    return call["x"][0][None] if name == "z_image" else call["hidden_states"]
+
+
+PATCHED = [
+    name for name in ALL_CLASSES if latents_of(name).ndim > 3 and dgkit.dissect(build(name)).row.grid is not None
+]
 
 
 def given_latents(name: str, call: dict[str, Any], latents: Tensor) -> dict[str, Any]:
@@ -151,38 +159,35 @@ def first_input(name: str, model: Any, call: dict[str, Any]) -> Tensor:
         seen.append(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
         raise Stop
 
-    path = {"lumina2": "noise_refiner", "z_image": "noise_refiner", "hidream": "double_stream_blocks"}
-    blocks = next(getattr(model, p) for p in (path.get(name), *STACKS) if p and hasattr(model, p))
-    handle = blocks[0].register_forward_pre_hook(before, with_kwargs=True)
-    try:
+    handle = streams(name, model)[0][0].register_forward_pre_hook(before, with_kwargs=True)
+    with pytest.raises(Stop):
         model(**call)
-    except Stop:
-        return seen[0]
-    finally:
-        handle.remove()
-    raise AssertionError
-
-
-STACKS = ("joint_transformer_blocks", "transformer_blocks", "blocks")
+    handle.remove()
+    return seen[0]
 
 
 @pytest.mark.parametrize("name", PATCHED)
 def test_grid_is_that_of_the_patches(name: str) -> None:
     """What changes at one place of the latents changes the token at that place of the grid, and no other."""
-    count = 3 if name in ("cogvideox", "wan", "mochi", "z_image") else 1
-    height, width = (4, 4) if name == "hidream" else (3, 4)
-    model = build(name)
-    latents = wide_latents(name, count, height, width)
-    call = given_latents(name, inputs(name, 1, tokens=4), latents)
+    like = latents_of(name)
+    axis = list(like.shape).index(1, 1) if like.ndim == 5 else None  # of the frames
+    count, height, width = (3 if axis else 1, 3, 4) if name in ANY_SIZE else (1, 4, 4)
+    patch = like.shape[-1] // 4
+    shape = [*like.shape[:-2], patch * height, patch * width]
+    place = [0] * len(shape)
+    frame, row, column = count - 1, 1, width - 2
+    place[-2:] = [patch * row, patch * column]
+    if axis is not None:
+        shape[axis], place[axis] = count, frame
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    moved = latents.clone()
+    moved[tuple(place)] += 1
+    model, call = build(name), inputs(name, 1, tokens=4)
+    call, other = given_latents(name, call, latents), given_latents(name, call, moved)
     grid = dgkit.dissect(model).grid()(call)
     assert grid == (count, height, width)
-    frame, row, column = count - 1, 1, width - 2
-    moved = latents.clone()
-    where = {"cogvideox": (0, frame, 0), "wan": (0, 0, frame), "mochi": (0, 0, frame), "z_image": (0, 0, frame)}
-    moved[(*where.get(name, (0, 0)), 2 * row, 2 * column)] += 1
-    before, after = first_input(name, model, call), first_input(name, model, given_latents(name, call, moved))
-    changed = (before != after).any(-1)[0][: count * height * width].reshape(grid)
-    assert changed.nonzero().tolist() == [[frame, row, column]]
+    changed = (first_input(name, model, call) != first_input(name, model, other)).any(-1)[0]
+    assert changed[: count * height * width].reshape(grid).nonzero().tolist() == [[frame, row, column]]
 
 
 def test_grid_is_that_of_the_pipelines_packing() -> None:
@@ -207,7 +212,7 @@ def test_grid_is_that_of_the_pipelines_packing() -> None:
 def test_a_patch_may_be_several_latent_frames() -> None:
     """CogVideoX 1.5."""
     model = _changed("cogvideox", patch_size_t=2, patch_bias=False)
-    latents = wide_latents("cogvideox", 4, 3, 5)
+    latents = torch.randn(1, 4, 4, 6, 10, generator=torch.Generator().manual_seed(1))
     call = inputs("cogvideox", 1) | {"hidden_states": latents}
     grid = dgkit.dissect(model).grid()(call)
     assert grid == (2, 3, 5)
