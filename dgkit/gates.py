@@ -16,7 +16,8 @@ class Gates:
     """Residual gates averaged over images (and timesteps).
 
     Attributes:
-        rows: (block, branch) of each of the G rows; branch is "msa", "mlp", "msa2" (dual attention) or "msa+mlp".
+        rows: (block, branch) of each of the G rows; branch is "msa", "mlp", "msa2" (dual attention), "cross" or
+            "msa+mlp".
         mean_abs: mean |alpha|, (G, C).
         mean: mean alpha with its sign, (G, C).
     """

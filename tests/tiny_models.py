@@ -1,44 +1,65 @@
 """Random-weight instances of the real classes: for tests of the machinery, never for results."""
 
+import copy
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import torch
 from diffusers import (
+    AllegroTransformer3DModel,
+    AnyFlowTransformer3DModel,
     AuraFlowTransformer2DModel,
     AutoencoderKL,
+    BriaFiboTransformer2DModel,
     BriaTransformer2DModel,
     ChromaTransformer2DModel,
     CogVideoXTransformer3DModel,
     CogView3PlusTransformer2DModel,
     CogView4Transformer2DModel,
+    CosmosTransformer3DModel,
     DDIMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
+    EasyAnimateTransformer3DModel,
     FlowMatchEulerDiscreteScheduler,
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    GlmImageTransformer2DModel,
     HiDreamImageTransformer2DModel,
     HunyuanImageTransformer2DModel,
+    HunyuanVideo15Transformer3DModel,
+    HunyuanVideoTransformer3DModel,
+    Kandinsky5Transformer3DModel,
+    Krea2Transformer2DModel,
     LongCatImageTransformer2DModel,
     LTXVideoTransformer3DModel,
     Lumina2Transformer2DModel,
+    LuminaNextDiT2DModel,
     MochiTransformer3DModel,
+    MotifVideoTransformer3DModel,
+    NucleusMoEImageTransformer2DModel,
     OvisImageTransformer2DModel,
     PixArtTransformer2DModel,
+    PRXTransformer2DModel,
     QwenImageTransformer2DModel,
     SanaTransformer2DModel,
+    SanaVideoTransformer3DModel,
     SD3Transformer2DModel,
+    SkyReelsV2Transformer3DModel,
     StableDiffusion3Pipeline,
     WanTransformer3DModel,
+    WanVACETransformer3DModel,
     ZImageTransformer2DModel,
 )
+from diffusers.models.embeddings import get_1d_rotary_pos_embed, get_2d_rotary_pos_embed_lumina
 from torch import Tensor, nn
 
 CLASSES = ("sd3", "flux", "dit")  # those with a pipeline below
 TEXT = 5  # text tokens
 TEXT_WIDTH, POOLED_WIDTH = 16, 24
+VACE_CHANNELS = 72  # of WanVACE's control video
 CHANNELS, PATCH = 4, 2  # of the latents, where the class does not want tokens
 
 
@@ -213,6 +234,155 @@ def _mochi(heads: int, head_dim: int, depth: int) -> nn.Module:
     )  # fmt: skip
 
 
+def _lumina(heads: int, head_dim: int, depth: int) -> nn.Module:
+    return LuminaNextDiT2DModel(
+        sample_size=8, patch_size=PATCH, in_channels=CHANNELS, hidden_size=heads * head_dim, num_layers=depth,
+        num_attention_heads=heads, num_kv_heads=1, multiple_of=16, cross_attention_dim=TEXT_WIDTH,
+    )  # fmt: skip
+
+
+def _glm_image(heads: int, head_dim: int, depth: int) -> nn.Module:
+    return GlmImageTransformer2DModel(
+        patch_size=PATCH, in_channels=CHANNELS, out_channels=CHANNELS, num_layers=depth, **_wide(heads, head_dim),
+        text_embed_dim=TEXT_WIDTH, time_embed_dim=16, condition_dim=8, prior_vq_quantizer_codebook_size=11,
+    )  # fmt: skip
+
+
+def _krea2(heads: int, head_dim: int, depth: int) -> nn.Module:
+    return Krea2Transformer2DModel(
+        in_channels=16, num_layers=depth, **_wide(heads, head_dim), num_key_value_heads=1, intermediate_size=32,
+        timestep_embed_dim=16, text_hidden_dim=TEXT_WIDTH, num_text_layers=3, text_num_attention_heads=2,
+        text_num_key_value_heads=2, text_intermediate_size=16, num_layerwise_text_blocks=1, num_refiner_text_blocks=1,
+        axes_dims_rope=_rope(head_dim),
+    )  # fmt: skip
+
+
+def _prx(heads: int, head_dim: int, depth: int) -> nn.Module:
+    return PRXTransformer2DModel(
+        in_channels=CHANNELS, patch_size=PATCH, context_in_dim=TEXT_WIDTH, hidden_size=heads * head_dim,
+        mlp_ratio=2.0, num_heads=heads, depth=depth, axes_dim=[head_dim // 2, head_dim // 2],
+    )  # fmt: skip
+
+
+def _bria_fibo(heads: int, head_dim: int, depth: int) -> nn.Module:
+    """It can be handed the text of seven blocks, however many it has."""
+    model = BriaFiboTransformer2DModel(
+        in_channels=16, num_layers=depth - 1, num_single_layers=depth, **_wide(heads, head_dim),
+        joint_attention_dim=TEXT_WIDTH, axes_dims_rope=list(_rope(head_dim)), text_encoder_dim=8,
+    )  # fmt: skip
+    model.caption_projection.extend(copy.deepcopy(model.caption_projection[0]) for _ in range(7 - (2 * depth - 1)))
+    return model
+
+
+def _nucleus_moe(heads: int, head_dim: int, depth: int) -> nn.Module:
+    """The first block has no experts; the others' take all tokens."""
+    model = NucleusMoEImageTransformer2DModel(
+        in_channels=16, out_channels=4, num_layers=depth, **_wide(heads, head_dim), joint_attention_dim=TEXT_WIDTH,
+        axes_dims_rope=_rope(head_dim), mlp_ratio=12.0, num_experts=2, moe_intermediate_dim=8,
+        capacity_factors=[2.0] * depth, dense_moe_strategy="leave_first_block_dense",
+    )  # fmt: skip
+    for name, parameter in model.named_parameters():
+        if "experts" in name:  # left unset
+            nn.init.normal_(parameter, std=0.2)
+    for block in model.transformer_blocks:
+        nn.init.normal_(block.img_mod[1].bias, std=2.0)  # its gates are cut off at 2
+    return model
+
+
+def _cosmos(heads: int, head_dim: int, depth: int) -> nn.Module:
+    """One head: its RoPE needs wide ones."""
+    return CosmosTransformer3DModel(
+        in_channels=CHANNELS, out_channels=CHANNELS, **_wide(1, heads * head_dim), num_layers=depth, mlp_ratio=2.0,
+        text_embed_dim=TEXT_WIDTH, adaln_lora_dim=8, max_size=(4, 8, 8), extra_pos_embed_type=None,
+    )  # fmt: skip
+
+
+def _kandinsky5(heads: int, head_dim: int, depth: int) -> nn.Module:
+    return Kandinsky5Transformer3DModel(
+        in_visual_dim=CHANNELS, in_text_dim=TEXT_WIDTH, in_text_dim2=POOLED_WIDTH, time_dim=16,
+        out_visual_dim=CHANNELS, model_dim=heads * head_dim, ff_dim=32, num_text_blocks=1, num_visual_blocks=depth,
+        axes_dims=_rope(head_dim),
+    )  # fmt: skip
+
+
+def _allegro(heads: int, head_dim: int, depth: int) -> nn.Module:
+    """Heads of 12 channels for 8: they are cut into three for RoPE."""
+    head_dim = 3 * head_dim // 2
+    return AllegroTransformer3DModel(
+        **_wide(heads, head_dim), in_channels=CHANNELS, out_channels=CHANNELS, num_layers=depth,
+        cross_attention_dim=heads * head_dim, sample_height=8, sample_width=8, sample_frames=2,
+        caption_channels=TEXT_WIDTH,
+    )  # fmt: skip
+
+
+def _like_wan(cls: Any, heads: int, head_dim: int, depth: int, **other: Any) -> nn.Module:
+    return cls(
+        **_wide(heads, head_dim), in_channels=CHANNELS, out_channels=CHANNELS, text_dim=TEXT_WIDTH, freq_dim=16,
+        ffn_dim=32, num_layers=depth, rope_max_seq_len=16, **other,
+    )  # fmt: skip
+
+
+def _wan_vace(heads: int, head_dim: int, depth: int) -> nn.Module:
+    places = [0, depth - 1]
+    return _like_wan(
+        WanVACETransformer3DModel, heads, head_dim, depth, vace_layers=places, vace_in_channels=VACE_CHANNELS
+    )
+
+
+def _skyreels_v2(heads: int, head_dim: int, depth: int) -> nn.Module:
+    return _like_wan(SkyReelsV2Transformer3DModel, heads, head_dim, depth)
+
+
+def _anyflow(heads: int, head_dim: int, depth: int) -> nn.Module:
+    return _like_wan(AnyFlowTransformer3DModel, heads, head_dim, depth)
+
+
+def _hunyuan_video(heads: int, head_dim: int, depth: int) -> nn.Module:
+    return HunyuanVideoTransformer3DModel(
+        in_channels=CHANNELS, out_channels=CHANNELS, **_wide(heads, head_dim), num_layers=depth - 1,
+        num_single_layers=depth, num_refiner_layers=1, mlp_ratio=2.0, text_embed_dim=TEXT_WIDTH,
+        pooled_projection_dim=POOLED_WIDTH, rope_axes_dim=_rope(head_dim),
+    )  # fmt: skip
+
+
+def _hunyuan_video_15(heads: int, head_dim: int, depth: int) -> nn.Module:
+    return HunyuanVideo15Transformer3DModel(
+        in_channels=2 * CHANNELS + 1, out_channels=CHANNELS, **_wide(heads, head_dim), num_layers=depth,
+        num_refiner_layers=1, mlp_ratio=2.0, text_embed_dim=TEXT_WIDTH, text_embed_2_dim=TEXT_WIDTH,
+        image_embed_dim=8, rope_axes_dim=_rope(head_dim),
+    )  # fmt: skip
+
+
+def _easyanimate(heads: int, head_dim: int, depth: int) -> nn.Module:
+    """One head: its RoPE needs wide ones. The last block has one set of weights for image and text."""
+    return EasyAnimateTransformer3DModel(
+        **_wide(1, heads * head_dim), in_channels=CHANNELS, out_channels=CHANNELS, patch_size=PATCH, sample_width=8,
+        sample_height=8, num_layers=depth, mmdit_layers=depth - 1, time_embed_dim=16, text_embed_dim=TEXT_WIDTH,
+    )  # fmt: skip
+
+
+def _sana_video(heads: int, head_dim: int, depth: int) -> nn.Module:
+    """With some positive channels in each query and key, whose linear attention would divide by zero otherwise."""
+    model = SanaVideoTransformer3DModel(
+        in_channels=CHANNELS, out_channels=CHANNELS, **_wide(heads, head_dim), num_layers=depth,
+        num_cross_attention_heads=heads, cross_attention_head_dim=head_dim, cross_attention_dim=heads * head_dim,
+        caption_channels=TEXT_WIDTH, sample_size=8, rope_max_seq_len=16, attention_bias=True,
+    )  # fmt: skip
+    for block in model.transformer_blocks:
+        nn.init.ones_(block.attn1.to_q.bias)
+        nn.init.ones_(block.attn1.to_k.bias)
+    return model
+
+
+def _motif_video(heads: int, head_dim: int, depth: int) -> nn.Module:
+    """The last block begins again with the embedded latents."""
+    return MotifVideoTransformer3DModel(
+        in_channels=2 * CHANNELS + 1, out_channels=CHANNELS, **_wide(heads, head_dim), num_layers=depth - 1,
+        num_single_layers=depth, num_decoder_layers=1, mlp_ratio=2.0, text_embed_dim=TEXT_WIDTH,
+        rope_axes_dim=_rope(head_dim),
+    )  # fmt: skip
+
+
 _BUILD: dict[str, Callable[[int, int, int], nn.Module]] = {
     "sd3": _sd3,
     "flux": _flux,
@@ -236,8 +406,27 @@ _BUILD: dict[str, Callable[[int, int, int], nn.Module]] = {
     "ltx": _ltx,
     "flux2": _flux2,
     "mochi": _mochi,
+    "lumina": _lumina,
+    "glm_image": _glm_image,
+    "krea2": _krea2,
+    "prx": _prx,
+    "bria_fibo": _bria_fibo,
+    "nucleus_moe": _nucleus_moe,
+    "cosmos": _cosmos,
+    "kandinsky5": _kandinsky5,
+    "allegro": _allegro,
+    "wan_vace": _wan_vace,
+    "skyreels_v2": _skyreels_v2,
+    "anyflow": _anyflow,
+    "hunyuan_video": _hunyuan_video,
+    "hunyuan_video_15": _hunyuan_video_15,
+    "easyanimate": _easyanimate,
+    "sana_video": _sana_video,
+    "motif_video": _motif_video,
 }
 ALL_CLASSES = tuple(_BUILD)
+# tests that take long may leave out these: `small_pipelines` has a pipeline of each
+WITH_PIPELINES = ALL_CLASSES[ALL_CLASSES.index("lumina") :]
 
 # Where diffusers has the image tokens, for tests that must not ask dgkit: by list of blocks, the index in a block's
 # output tuple (None: the output is the tensor) and which of that tensor's tokens they are
@@ -264,7 +453,32 @@ STREAMS: dict[str, dict[str, tuple[int | None, str]]] = {
     "ltx": {"transformer_blocks": (None, "all")},
     "flux2": {"transformer_blocks": (1, "all"), "single_transformer_blocks": (None, "last")},
     "mochi": {"transformer_blocks": (0, "all")},
+    "lumina": {"layers": (None, "all")},
+    "glm_image": {"transformer_blocks": (0, "all")},
+    "krea2": {"transformer_blocks": (None, "last")},
+    "prx": {"blocks": (None, "all")},
+    "bria_fibo": {"transformer_blocks": (1, "all"), "single_transformer_blocks": (None, "last")},
+    "nucleus_moe": {"transformer_blocks": (None, "all")},
+    "cosmos": {"transformer_blocks": (None, "all")},
+    "kandinsky5": {"visual_transformer_blocks": (None, "all")},
+    "allegro": {"transformer_blocks": (None, "all")},
+    "wan_vace": {"blocks": (None, "all")},
+    "skyreels_v2": {"blocks": (None, "all")},
+    "anyflow": {"blocks": (None, "all")},
+    "hunyuan_video": {"transformer_blocks": (0, "all"), "single_transformer_blocks": (0, "all")},
+    "hunyuan_video_15": {"transformer_blocks": (0, "all")},
+    "easyanimate": {"transformer_blocks": (0, "all")},
+    "sana_video": {"transformer_blocks": (None, "all")},
+    "motif_video": {"transformer_blocks": (0, "all"), "single_transformer_blocks": (0, "all")},
 }
+
+PACKED = (
+    "flux", "bria", "longcat_image", "ovis_image", "chroma", "flux2", "qwen_image", "ltx", "krea2", "bria_fibo",
+    "nucleus_moe",
+)  # fmt: skip
+OF_VIDEOS = (
+    "wan", "mochi", "cosmos", "allegro", "wan_vace", "skyreels_v2", "hunyuan_video", "easyanimate", "sana_video",
+)  # fmt: skip
 
 
 def streams(name: str, model: nn.Module) -> list[tuple[nn.Module, int | None, str]]:
@@ -312,12 +526,18 @@ def inputs(name: str, batch: int, seed: int = 0, *, tokens: int = 4) -> dict[str
             "class_labels": classes,
         }
     text, pooled = randn(batch, TEXT, TEXT_WIDTH), randn(batch, POOLED_WIDTH)
-    if name in ("flux", "bria", "longcat_image", "ovis_image", "chroma", "flux2", "qwen_image", "ltx"):
+    if name in PACKED:
         latents = randn(batch, tokens**2, 16)
-    elif name == "cogvideox":
+    elif name in ("cogvideox", "anyflow"):
         latents = randn(batch, 1, CHANNELS, side, side)
-    elif name in ("wan", "mochi"):
+    elif name in OF_VIDEOS:
         latents = randn(batch, CHANNELS, 1, side, side)
+    elif name == "kandinsky5":
+        latents = randn(batch, 1, side, side, CHANNELS)
+    elif name == "hunyuan_video_15":
+        latents = randn(batch, 2 * CHANNELS + 1, 1, tokens, tokens)
+    elif name == "motif_video":
+        latents = randn(batch, 2 * CHANNELS + 1, 1, side, side)
     else:
         latents = randn(batch, CHANNELS, side, side)
     call = {"hidden_states": latents, "encoder_hidden_states": text, "timestep": torch.full((batch,), 500.0)}
@@ -358,7 +578,53 @@ def inputs(name: str, batch: int, seed: int = 0, *, tokens: int = 4) -> dict[str
             "txt_ids": torch.tensor([[0, 0, 0, i] for i in range(TEXT)], dtype=torch.float32),
         },
         "mochi": {"encoder_attention_mask": mask},
+        "lumina": {
+            "timestep": share,
+            "encoder_mask": mask,
+            "image_rotary_emb": get_2d_rotary_pos_embed_lumina(8, 16, 16),
+            "cross_attention_kwargs": {},
+        },
+        "glm_image": {
+            "prior_token_id": torch.randint(11, (batch, tokens**2), generator=g),
+            "prior_token_drop": torch.zeros(batch, tokens**2, dtype=torch.bool),
+            "target_size": torch.full((batch, 2), 64.0),
+            "crop_coords": torch.zeros(batch, 2),
+        },
+        "prx": {"timestep": share, "attention_mask": mask},
+        "bria_fibo": {"text_encoder_layers": list(randn(7, batch, TEXT, 8))} | ids,
+        "nucleus_moe": {
+            "timestep": share,
+            "encoder_hidden_states_mask": mask,
+            "img_shapes": [(1, tokens, tokens)] * batch,
+        },
+        "cosmos": {"timestep": share, "padding_mask": torch.zeros(1, 1, side, side)},
+        "kandinsky5": {
+            "pooled_projections": pooled,
+            "visual_rope_pos": [torch.arange(1), torch.arange(tokens), torch.arange(tokens)],
+            "text_rope_pos": torch.arange(TEXT),
+        },
+        "wan_vace": {"control_hidden_states": randn(batch, VACE_CHANNELS, 1, side, side)},
+        "anyflow": {"timestep": call["timestep"][:, None], "r_timestep": call["timestep"][:, None] / 2},
+        "hunyuan_video": {
+            "pooled_projections": pooled,
+            "encoder_attention_mask": mask,
+            "guidance": torch.full((batch,), 6000.0),
+        },
+        "easyanimate": {},
+        "sana_video": {"encoder_attention_mask": mask},
+        "motif_video": {"encoder_attention_mask": mask},
     }
+    if name == "krea2":
+        layers = randn(batch, TEXT, 3, TEXT_WIDTH)
+        places = torch.tensor([[0, 0, 0]] * TEXT + positions)
+        return call | {
+            "timestep": share, "encoder_hidden_states": layers, "encoder_attention_mask": mask, "position_ids": places,
+        }  # fmt: skip
+    if name == "allegro":
+        return call | {"encoder_attention_mask": mask, "image_rotary_emb": _allegro_rotary(tokens)}
+    if name == "hunyuan_video_15":
+        second = {"encoder_hidden_states_2": randn(batch, TEXT, TEXT_WIDTH), "encoder_attention_mask_2": mask}
+        return call | second | {"encoder_attention_mask": mask, "image_embeds": torch.zeros(batch, 3, 8)}
     if name == "z_image":
         captions = [caption[: TEXT - row % 2] for row, caption in enumerate(text)]
         return {"x": [x[:, None] for x in latents], "t": share, "cap_feats": captions}
@@ -371,6 +637,14 @@ def inputs(name: str, batch: int, seed: int = 0, *, tokens: int = 4) -> dict[str
             "pooled_embeds": pooled,
         }
     return call | extra.get(name, {})
+
+
+def _allegro_rotary(tokens: int) -> Any:
+    """As `AllegroPipeline` makes it for one frame."""
+    places = (range(1), range(tokens), range(tokens))
+    grid = torch.tensor([*product(*places)]).T[:, None]
+    of_axes = (get_1d_rotary_pos_embed(4, torch.tensor([*place]), use_real=True) for place in places)
+    return tuple(of_axes), tuple(grid)
 
 
 def autoencoder(latent_channels: int = 4) -> AutoencoderKL:

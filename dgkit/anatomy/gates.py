@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,11 +15,11 @@ class Gate:
     """Where one residual gate alpha of Eq. 2 comes from.
 
     The paper's single alpha_k is in fact one gate per branch: attention ("msa"), second attention of dual-attention
-    blocks ("msa2"), feed-forward ("mlp"), or both at once where they run in parallel ("msa+mlp"). A branch without a
-    gate (cross-attention, for one) is added as it is.
+    blocks ("msa2"), cross-attention ("cross"), feed-forward ("mlp"), or attention and feed-forward at once where they
+    run in parallel ("msa+mlp"). A branch without a gate (cross-attention in most classes) is added as it is.
 
     Attributes:
-        branch: "msa", "msa2", "mlp" or "msa+mlp".
+        branch: "msa", "msa2", "cross", "mlp" or "msa+mlp".
         module: path of a submodule of the block, "" for the block itself.
         read: alpha (B, C) from one call of that submodule: (module, args, kwargs, output). Where a class modulates each
             token by its own timestep (image-to-video of Wan 2.2 and LTX), alpha is the mean over tokens.
@@ -44,20 +45,27 @@ def at(branch: str, module: str, index: int, *, tanh: bool = False) -> Gate:
     return Gate(branch, module, lambda m, args, kwargs, output: _squash(_per_image(output[index]), tanh))
 
 
-def chunk(branch: str, module: str, index: int, of: int, *, tanh: bool = False) -> Gate:
-    """The gate is the `index`-th of `of` equal parts of the output of a modulation layer."""
-    return Gate(branch, module, lambda m, args, kwargs, output: _squash(_per_image(output.chunk(of, -1)[index]), tanh))
+def chunk(branch: str, module: str, index: int, of: int, *, tanh: bool = False, limit: float = inf) -> Gate:
+    """The gate is the `index`-th of `of` equal parts of the output of a modulation layer, cut off at +-`limit`."""
+
+    def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
+        return _squash(_per_image(output.chunk(of, -1)[index]).clamp(-limit, limit), tanh)
+
+    return Gate(branch, module, read)
 
 
-def table(branch: str, index: int, argument: str) -> Gate:
+def table(branch: str, index: int, argument: str, *, rows_first: bool = False) -> Gate:
     """The gate is row `index` of the block's `scale_shift_table` plus the embedded timestep, an argument of the block.
 
-    The embedding is (B, 6 C), (B, 6, C) or, with a timestep per token, (B, T, 6 C) or (B, T, 6, C).
+    The embedding is (B, 6 C), (B, 6, C) or, with a timestep per token, (B, T, 6 C), (B, T, 6, C) or, with `rows_first`,
+    (B, 6, T, C).
     """
 
     def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
         rows = module.scale_shift_table.reshape(6, -1)  # type: ignore[operator, union-attr]
         embedding = named(module, args, kwargs)[argument]
+        if rows_first and embedding.ndim == 4:
+            embedding = embedding.transpose(1, 2)
         return rows[index] + embedding.reshape(len(embedding), -1, *rows.shape)[:, :, index].mean(1)
 
     return Gate(branch, "", read)

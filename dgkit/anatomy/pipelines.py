@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from dgkit.checks import one_of
-from dgkit.errors import ModelError
+from dgkit.errors import DgkitError, ModelError
 
 COND, UNCOND, DEGRADED, UNKNOWN = "cond", "uncond", "degraded", "unknown"
 
@@ -25,6 +25,7 @@ class Pipeline:
         condition: the argument of `__call__` that holds the prompts or classes.
         scale: the argument that holds s of u + s (c - u).
         off: its value for s = 1, which is no CFG: 0 where the pipeline has c + (s - 1) (c - u).
+        least: CFG is on only where s is above it.
         after: what the pipeline does with u + s (c - u) before the step, on which guidance has no influence.
         references: whether the image stream also holds the tokens of reference images, behind those generated.
         negated: whether the transformer predicts the negative velocity.
@@ -34,14 +35,29 @@ class Pipeline:
     condition: str = "prompt"
     scale: str = "guidance_scale"
     off: float = 1.0
+    least: float = 1.0
     after: str = ""
     references: bool = False
     negated: bool = False
 
     def guidance(self, s: float, count: int) -> dict[str, Any]:
-        """Arguments of `__call__` for the scale s and a number of images; s = 1 is no CFG."""
+        """Arguments of `__call__` for the scale s and a number of images; s = 1 is no CFG.
+
+        Raises:
+            DgkitError: the pipeline would leave CFG off though s is above 1, or does not take its scale in the call.
+        """
+        if 1 < s <= self.least:
+            raise DgkitError(
+                f"guidance_scale={s!r} is not allowed: this pipeline has CFG from above {self.least:g} on, give 1 (no "
+                f"CFG) or more than {self.least:g}"
+            )
         if self.scale == "guidance_scale":
             return {"guidance_scale": s - 1 + self.off}
+        if self.scale.startswith("guider.") and s > 1:
+            raise DgkitError(
+                f"guidance_scale={s!r} is not allowed: this pipeline's CFG is its guider's, set pipe.guider = "
+                f"ClassifierFreeGuidance(guidance_scale={s!r}) and leave it out"
+            )
         # `guidance_scale` is the distilled one there; without a negative prompt the true scale is silently ignored
         return {self.scale: s, "negative_prompt": [""] * count} if s > 1 else {}
 
@@ -58,13 +74,20 @@ _ROWS: tuple[tuple[Pipeline, str], ...] = (
         StableDiffusion3Pipeline StableDiffusion3Img2ImgPipeline StableDiffusion3InpaintPipeline
         StableDiffusion3ControlNetPipeline StableDiffusion3ControlNetInpaintingPipeline
         PixArtAlphaPipeline PixArtSigmaPipeline SanaPipeline SanaControlNetPipeline AuraFlowPipeline
-        HiDreamImagePipeline CogView3PlusPipeline BriaPipeline
+        HiDreamImagePipeline CogView3PlusPipeline BriaPipeline BriaFiboPipeline PRXPipeline
         CogVideoXPipeline CogVideoXImageToVideoPipeline CogVideoXVideoToVideoPipeline CogVideoXFunControlPipeline
-        MochiPipeline
+        MochiPipeline AllegroPipeline SanaVideoPipeline SanaImageToVideoPipeline AnyFlowPipeline
         """,
     ),
-    (Pipeline(UNCOND_FIRST, after=_STD), "HunyuanDiTPipeline LTXPipeline LTXImageToVideoPipeline LTXConditionPipeline"),
+    (
+        Pipeline(UNCOND_FIRST, after=_STD),
+        """
+        HunyuanDiTPipeline HunyuanDiTControlNetPipeline LTXPipeline LTXImageToVideoPipeline LTXConditionPipeline
+        EasyAnimatePipeline EasyAnimateControlPipeline EasyAnimateInpaintPipeline
+        """,
+    ),
     (Pipeline(COND_FIRST, condition="class_labels"), "DiTPipeline"),
+    (Pipeline(COND_FIRST, negated=True, after="takes the channels after the third from c alone"), "LuminaPipeline"),
     (_Z_IMAGE, "ZImagePipeline ZImageImg2ImgPipeline ZImageInpaintPipeline ZImageControlNetPipeline"),
     (
         _TRUE_CFG,
@@ -99,12 +122,23 @@ _ROWS: tuple[tuple[Pipeline, str], ...] = (
         Pipeline(TWO_CALLS),
         """
         ChromaPipeline ChromaImg2ImgPipeline ChromaInpaintPipeline CogView4Pipeline CogView4ControlPipeline
-        OvisImagePipeline WanPipeline WanImageToVideoPipeline WanVideoToVideoPipeline
+        OvisImagePipeline GlmImagePipeline
+        WanPipeline WanImageToVideoPipeline WanVideoToVideoPipeline WanVACEPipeline
+        SkyReelsV2Pipeline SkyReelsV2ImageToVideoPipeline
+        Kandinsky5T2IPipeline Kandinsky5I2IPipeline Kandinsky5T2VPipeline Kandinsky5I2VPipeline
         """,
     ),
+    (Pipeline(TWO_CALLS, off=0.0), "Krea2Pipeline"),
+    (Pipeline(TWO_CALLS, off=0.0, least=2.0), "Cosmos2TextToImagePipeline CosmosTextToWorldPipeline"),
     # its guider says which call is which, and may be diffusers' other than CFG
-    (Pipeline(TWO_CALLS, scale="guider.guidance_scale", after="leaves it to its guider"), "HunyuanImagePipeline"),
-    (Pipeline(TWO_CALLS, negated=True, after=_NORM), "Lumina2Pipeline"),
+    (
+        Pipeline(TWO_CALLS, scale="guider.guidance_scale", after="leaves it to its guider"),
+        """
+        HunyuanImagePipeline HunyuanVideo15Pipeline HunyuanVideo15ImageToVideoPipeline
+        MotifVideoPipeline MotifVideoImage2VideoPipeline
+        """,
+    ),
+    (Pipeline(TWO_CALLS, negated=True, after=_NORM), "Lumina2Pipeline NucleusMoEImagePipeline"),
     (Pipeline(TWO_CALLS, after=_NORM), "LongCatImagePipeline"),
 )
 

@@ -43,7 +43,7 @@ class Stack:
     norms: tuple[str, ...] = ()
 
 
-UNBATCHED = ("img_ids", "txt_ids", "image_rotary_emb", "rotary_emb")
+UNBATCHED = ("img_ids", "txt_ids", "image_rotary_emb", "rotary_emb", "freqs_cis")
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,11 @@ def _noise_channels(model: Any) -> int | None:
     return model.config.in_channels if model.config.out_channels == 2 * model.config.in_channels else None
 
 
+def _noise_if_sigma_is_learned(model: Any) -> int | None:
+    """Lumina and HunyuanDiT say by `learn_sigma` whether sigma is in the channels after the first `in_channels`."""
+    return model.config.in_channels if model.config.learn_sigma else None
+
+
 def _sequence(model: Any, arguments: dict[str, Any]) -> int:
     """Image tokens of latents (B, T, C)."""
     return arguments["hidden_states"].shape[1]
@@ -96,6 +101,14 @@ def _sequence(model: Any, arguments: dict[str, Any]) -> int:
 def _patches(model: Any, arguments: dict[str, Any]) -> int:
     """Image tokens of latents (B, C, H, W) that are cut into square patches."""
     return prod(side // model.config.patch_size for side in arguments["hidden_states"].shape[-2:])
+
+
+def _glm_image_tokens(model: Any, arguments: dict[str, Any]) -> int:
+    """Latents (B, C, H, W); calls that write the keys and values of reference images must not be made twice."""
+    caches = getattr(arguments.get("kv_caches"), "caches", [])
+    if any(cache.mode == "write" for cache in caches):
+        raise ModelError("the reference images of GlmImageTransformer2DModel are not supported: leave out image")
+    return _patches(model, arguments)
 
 
 def _hidream_tokens(model: Any, arguments: dict[str, Any]) -> int:
@@ -129,7 +142,10 @@ def _z_image_text_lengths(arguments: dict[str, Any]) -> list[int]:
 
 NORM1 = (at("msa", "norm1", 1), at("mlp", "norm1", 4))
 MSA2 = at("msa2", "norm1", 6)
+NORM2 = (at("msa", "norm1", 2), at("mlp", "norm2", 2))
 NORM = (at("msa+mlp", "norm", 1),)
+TABLE = (table("msa", 2, "temb"), table("mlp", 5, "temb"))
+TABLE_OF_TIMESTEP = (table("msa", 2, "timestep"), table("mlp", 5, "timestep"))
 LAYER_NORMS = ("norm1.norm", "norm2")
 TANH_NORM1 = (at("msa", "norm1", 1, tanh=True), at("mlp", "norm1", 3, tanh=True))
 
@@ -140,6 +156,14 @@ FLUX = Transformer(
     ),
     last_norm="norm_out.norm",
     grid=grids.image_ids,
+)
+
+HUNYUAN = Transformer(
+    (
+        Stack("transformer_blocks", 0, NORM1, text_first=False),
+        Stack("single_transformer_blocks", 0, NORM, text_first=False),
+    ),
+    grid=grids.patches,
 )
 
 # Blocks of text alone (the context refiners of Lumina 2, Z-Image and HunyuanImage) are no part of the image stream.
@@ -160,12 +184,12 @@ TRANSFORMERS: dict[str, Transformer] = {
         grid=grids.patches,
     ),
     "PixArtTransformer2DModel": Transformer(
-        (Stack("transformer_blocks", None, (table("msa", 2, "timestep"), table("mlp", 5, "timestep"))),),
+        (Stack("transformer_blocks", None, TABLE_OF_TIMESTEP),),
         predicted_channels=_noise_channels,
         grid=grids.patches,
     ),
     "SanaTransformer2DModel": Transformer(
-        (Stack("transformer_blocks", None, (table("msa", 2, "timestep"), table("mlp", 5, "timestep"))),),
+        (Stack("transformer_blocks", None, TABLE_OF_TIMESTEP),),
         predicted_channels=_noise_channels,
         grid=grids.patches,
     ),
@@ -225,13 +249,7 @@ TRANSFORMERS: dict[str, Transformer] = {
         listed=("img_shapes",),
         grid=grids.image_shapes,
     ),
-    "HunyuanImageTransformer2DModel": Transformer(
-        (
-            Stack("transformer_blocks", 0, NORM1, text_first=False),
-            Stack("single_transformer_blocks", 0, NORM, text_first=False),
-        ),
-        grid=grids.patches,
-    ),
+    "HunyuanImageTransformer2DModel": HUNYUAN,
     "HiDreamImageTransformer2DModel": Transformer(
         tuple(
             Stack(
@@ -265,15 +283,16 @@ TRANSFORMERS: dict[str, Transformer] = {
     # no residual gates: adaLN shifts only
     "HunyuanDiT2DModel": Transformer(
         (Stack("blocks", None, (), fork=False, skips=True),),
-        predicted_channels=_noise_channels,
+        predicted_channels=_noise_if_sigma_is_learned,
         unbatched=("image_rotary_emb",),
         grid=grids.patches,
     ),
-    "HunyuanVideoTransformer3DModel": Transformer(
-        (
-            Stack("transformer_blocks", 0, NORM1, text_first=False),
-            Stack("single_transformer_blocks", 0, NORM, text_first=False),
-        ),
+    "HunyuanVideoTransformer3DModel": HUNYUAN,
+    # with `num_decoder_layers` the last blocks begin again with the embedded latents, and read the image tokens of the
+    # blocks before them as if they were text
+    "MotifVideoTransformer3DModel": HUNYUAN,
+    "HunyuanVideo15Transformer3DModel": Transformer(
+        (Stack("transformer_blocks", 0, NORM1, text_first=False),),
         grid=grids.patches,
     ),
     "CogView3PlusTransformer2DModel": Transformer(
@@ -285,15 +304,32 @@ TRANSFORMERS: dict[str, Transformer] = {
         grid=grids.patches,
     ),
     "CogVideoXTransformer3DModel": Transformer(
-        (Stack("transformer_blocks", 0, (at("msa", "norm1", 2), at("mlp", "norm2", 2)), text_first=True),),
+        (Stack("transformer_blocks", 0, NORM2, text_first=True),),
         grid=grids.patches_of_frames,
     ),
-    "WanTransformer3DModel": Transformer(
-        (Stack("blocks", None, (table("msa", 2, "temb"), table("mlp", 5, "temb"))),),
+    "EasyAnimateTransformer3DModel": Transformer(
+        (Stack("transformer_blocks", 0, NORM2, text_first=True),), grid=grids.patches
+    ),
+    "WanTransformer3DModel": Transformer((Stack("blocks", None, TABLE),), grid=grids.patches),
+    # what its own `vace_blocks` make of the control video is added between blocks
+    "WanVACETransformer3DModel": Transformer(
+        (Stack("blocks", None, TABLE, fork=False),),
+        unbatched=(*UNBATCHED, "control_hidden_states_scale"),
+        grid=grids.patches,
+    ),
+    "SkyReelsV2Transformer3DModel": Transformer(
+        (Stack("blocks", None, tuple(table(b, i, "temb", rows_first=True) for b, i in (("msa", 2), ("mlp", 5)))),),
+        grid=grids.patches,
+    ),
+    "AnyFlowTransformer3DModel": Transformer((Stack("blocks", None, TABLE),), grid=grids.patches_of_frames),
+    "AllegroTransformer3DModel": Transformer((Stack("transformer_blocks", None, TABLE),), grid=grids.patches),
+    "SanaVideoTransformer3DModel": Transformer(
+        (Stack("transformer_blocks", None, TABLE_OF_TIMESTEP),),
+        predicted_channels=_noise_channels,
         grid=grids.patches,
     ),
     "LTXVideoTransformer3DModel": Transformer(
-        (Stack("transformer_blocks", None, (table("msa", 2, "temb"), table("mlp", 5, "temb"))),),
+        (Stack("transformer_blocks", None, TABLE),),
         unbatched=("rope_interpolation_scale",),
         grid=grids.stated,
     ),
@@ -321,6 +357,63 @@ TRANSFORMERS: dict[str, Transformer] = {
         (Stack("transformer_blocks", 0, TANH_NORM1, text_first=False),),
         ascending=True,
         grid=grids.patches,
+    ),
+    "LuminaNextDiT2DModel": Transformer(
+        (Stack("layers", None, TANH_NORM1),),
+        channels=lambda model: model.config.hidden_size,
+        predicted_channels=_noise_if_sigma_is_learned,
+        ascending=True,
+        grid=grids.patches,
+    ),
+    "GlmImageTransformer2DModel": Transformer(
+        (Stack("transformer_blocks", 0, NORM1, text_first=True),), tokens=_glm_image_tokens, grid=grids.patches
+    ),
+    "Krea2Transformer2DModel": Transformer(
+        (Stack("transformer_blocks", None, TABLE, text="before", text_first=True),),
+        tokens=_sequence,
+        unbatched=(*UNBATCHED, "position_ids"),
+    ),
+    "PRXTransformer2DModel": Transformer(
+        (Stack("blocks", None, (chunk("msa", "modulation.lin", 2, 6), chunk("mlp", "modulation.lin", 5, 6))),),
+        channels=lambda model: model.config.hidden_size,
+        unbatched=(),
+        grid=grids.patches,
+    ),
+    # each block is handed its own half of the text
+    "BriaFiboTransformer2DModel": Transformer(
+        (
+            Stack("transformer_blocks", 1, NORM1, text_first=True, fork=False),
+            Stack("single_transformer_blocks", None, NORM, text="before", text_first=True, fork=False),
+        ),
+        tokens=_sequence,
+        grid=grids.image_ids,
+    ),
+    "NucleusMoEImageTransformer2DModel": Transformer(
+        (
+            Stack(
+                "transformer_blocks",
+                None,
+                tuple(chunk(b, "img_mod", i, 4, tanh=True, limit=2.0) for b, i in (("msa", 1), ("mlp", 3))),
+            ),
+        ),
+        listed=("img_shapes",),
+        grid=grids.image_shapes,
+    ),
+    "CosmosTransformer3DModel": Transformer(
+        (Stack("transformer_blocks", None, (at("msa", "norm1", 1), at("cross", "norm2", 1), at("mlp", "norm3", 1))),),
+        unbatched=(*UNBATCHED, "padding_mask"),
+        grid=grids.patches,
+    ),
+    "Kandinsky5Transformer3DModel": Transformer(
+        (
+            Stack(
+                "visual_transformer_blocks",
+                None,
+                tuple(chunk(b, "visual_modulation", i, 9) for b, i in (("msa", 2), ("cross", 5), ("mlp", 8))),
+            ),
+        ),
+        channels=lambda model: model.config.model_dim,
+        unbatched=("visual_rope_pos", "text_rope_pos", "sparse_params"),
     ),
 }
 

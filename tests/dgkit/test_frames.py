@@ -17,7 +17,7 @@ import dgkit
 from dgkit.errors import DgkitError, ModelError
 from tests.naive_guidance import conditional_rows, image
 from tests.small_pipelines import BY_NAME, Family, _changed
-from tests.tiny_models import ALL_CLASSES, build, inputs, streams
+from tests.tiny_models import ALL_CLASSES, VACE_CHANNELS, build, inputs, streams
 
 # latents of three frames (in two transformers of images: one) of 8 x 12, or packed 4 x 6 tokens
 VIDEO = (2, 4, 3, 8, 12)
@@ -143,7 +143,19 @@ PATCHED = [
 
 
 def given_latents(name: str, call: dict[str, Any], latents: Tensor) -> dict[str, Any]:
-    return call | ({"x": list(latents)} if name == "z_image" else {"hidden_states": latents})
+    """The call with these latents, and with whatever else has to be of their size."""
+    if name == "z_image":
+        return call | {"x": list(latents)}
+    _, _, frames, height, width = latents.shape if latents.ndim == 5 else (*latents.shape[:2], 1, *latents.shape[2:])
+    more: dict[str, dict[str, Any]] = {
+        "anyflow": {name: torch.full((1, latents.shape[1]), 500.0) for name in ("timestep", "r_timestep")},
+        "wan_vace": {"control_hidden_states": torch.zeros(1, VACE_CHANNELS, frames, height, width)},
+        "glm_image": {
+            "prior_token_id": torch.zeros(1, height * width // 4, dtype=torch.long),
+            "prior_token_drop": torch.zeros(1, height * width // 4, dtype=torch.bool),
+        },
+    }
+    return call | {"hidden_states": latents} | more.get(name, {})
 
 
 class Stop(Exception):
