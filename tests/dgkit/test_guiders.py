@@ -176,6 +176,17 @@ def refiner() -> nn.Module:
     )
 
 
+def control(n: int) -> Arguments:
+    return {
+        "control_hidden_states": small._rand("control", n, 72, 2, 8, 8),
+        "control_hidden_states_scale": torch.ones(2),
+    }
+
+
+def vace() -> nn.Module:
+    return small._build_wan_vace().transformer
+
+
 WAN = (Stack("blocks"),)
 FLUX2 = (Stack("transformer_blocks", 1), Stack("single_transformer_blocks", None, small.LAST))
 FLUX2_EDIT = (
@@ -223,6 +234,17 @@ FAMILIES = (
             | prompt(cfg, n)
             | {"image_condition_latents": small._rand("image", 1, 8, 2, 8, 8)}
         ),
+        TWO,
+        WAN,
+        batch=1,
+        transformers=("transformer", "transformer_2"),
+        guiders=("guider", "guider_2"),
+        negative=True,
+    ),
+    Guided(
+        "wan vace",
+        core("wan.modular_blocks_wan_vace.Wan22VaceCoreDenoiseStep", vace, unipc, transformer_2=vace),
+        lambda cfg, n: latents(n, 4, 2, 8, 8, num_frames=5) | prompt(cfg, n) | {"denoiser_input_fields": control(n)},
         TWO,
         WAN,
         batch=1,
@@ -303,6 +325,17 @@ FAMILIES = (
         TWO,
         QWEN_EDIT,
         batch=1,
+        rescaled=True,
+    ),
+    Guided(
+        "qwen-image layered",
+        core(
+            "qwenimage.modular_blocks_qwenimage_layered.QwenImageLayeredCoreDenoiseStep",
+            lambda: small._changed("qwen_image", use_layer3d_rope=True),
+        ),
+        lambda cfg, n: prompt(cfg, n, **masks(n)) | {"image_latents": small._rand("image", n, 1, 4, 4, 4), "layers": 3},
+        TWO,
+        QWEN_EDIT,  # four layers of four tokens
         rescaled=True,
     ),
     Guided(
@@ -484,7 +517,7 @@ def test_transformers_without_a_row_are_refused(name: str) -> None:
     assert marks(name) == marks_before
 
 
-@pytest.mark.parametrize("name", [name for name, family in GUIDED.items() if "edit" in name])
+@pytest.mark.parametrize("name", [name for name in GUIDED if "edit" in name or "layered" in name])
 def test_tokens_of_reference_images_would_be_noticed(name: str) -> None:
     family = GUIDED[name]
     wrong = tuple(
