@@ -181,8 +181,11 @@ def disrupt(
         now.grid = grid(call.arguments) if grid is not None and now.active else None
         now.removed = None
 
+    def under_way() -> bool:
+        return anatomy.layout.inside or degraded_pass.get() is not None
+
     def change(module: nn.Module, args: Any, output: Any) -> Any:
-        if not now.active:
+        if not now.active or not under_way():
             return None
         image = edited.image(output)
         if now.grid is not None:
@@ -193,7 +196,7 @@ def disrupt(
         return edited.with_image(output, changed)
 
     def keep(norm: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        if now.removed is None:
+        if now.removed is None or not under_way():
             return None
         if degraded_pass.get() is not None or len(args[0]) != len(now.removed):
             raise ModelError("keep_norm=True does not work inside guidance, which runs blocks on a part of the batch")

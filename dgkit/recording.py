@@ -287,10 +287,13 @@ def record(
                 trace.lay_out(grid(call.arguments))
         now.current = Pass(call.labels, call.timesteps)
 
+    def under_way() -> Pass | None:
+        return degraded_pass.get() or (now.current if anatomy.layout.inside else None)
+
     def watch_block(block: Block) -> Callable[..., None]:
         def after(module: nn.Module, args: Any, output: Any) -> None:
-            current = degraded_pass.get() or now.current
-            if block.index >= current.edited_block:
+            current = under_way()
+            if current is not None and block.index >= current.edited_block:
                 image = block.image(output).detach()
                 with lock:
                     trace.add_block(block.index, image, current)
@@ -299,8 +302,8 @@ def record(
 
     def watch_gate(row: int, gate: Gate) -> Callable[..., None]:
         def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            current = degraded_pass.get() or now.current
-            if trace.gate_rows[row][0] > current.edited_block:
+            current = under_way()
+            if current is not None and trace.gate_rows[row][0] > current.edited_block:
                 alpha = gate.read(module, args, kwargs, output).detach()
                 with lock:
                     trace.add_gate(row, alpha, current)

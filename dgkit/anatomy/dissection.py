@@ -24,10 +24,12 @@ class Layout(threading.local):
     """Where the image tokens are in the call under way, in each thread.
 
     Attributes:
+        inside: whether a call is under way. Blocks may run outside of one: Z-Image's ControlNet is made of some.
         tokens: how many image tokens there are, those of reference images included; None before the first call.
         generated: how many of them, the first ones, are the image that is generated; None: all.
     """
 
+    inside: bool = False
     tokens: int | None = None
     generated: int | None = None
 
@@ -169,6 +171,7 @@ class Anatomy:
         count, before = self.row.tokens, any(stack.text == "before" for stack in self.row.stacks)
 
         def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self.layout.inside = True
             self.layout.generated = _generated_tokens()
             if count is None:
                 return
@@ -181,14 +184,20 @@ class Anatomy:
                 )
             self.layout.tokens = count(module, arguments)
 
-        with self.watched(before=read), contexts_noted(self.model):
+        def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            self.layout.inside = False
+
+        with self.watched(before=read, after=leave, always=True), contexts_noted(self.model):
             yield
 
     @contextmanager
-    def watched(self, before: BeforeCall | None = None, after: AfterCall | None = None) -> Iterator[None]:
+    def watched(
+        self, before: BeforeCall | None = None, after: AfterCall | None = None, *, always: bool = False
+    ) -> Iterator[None]:
         """Inside, `before(model, args, kwargs)` and `after(model, args, kwargs, output)` run around each call.
 
-        What `after` returns, if anything, is the output.
+        What `after` returns, if anything, is the output. With `always` it runs, with None, also after a call that
+        raised an exception (but where calls are watched at `forward`).
         """
         with ExitStack() as taps:
             if self.row.direct:
@@ -199,7 +208,7 @@ class Anatomy:
             if before is not None:
                 taps.callback(hook(self.model, "register_forward_pre_hook", before, with_kwargs=True))
             if after is not None:
-                taps.callback(hook(self.model, "register_forward_hook", after, with_kwargs=True))
+                taps.callback(hook(self.model, "register_forward_hook", after, with_kwargs=True, always_call=always))
             yield
 
     def run(self, *args: Any, **kwargs: Any) -> Any:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dgkit.anatomy import COND, DEGRADED, Anatomy, Block, Call, Pass, degraded_pass, dissect
-from dgkit.anatomy.arguments import consecutive
+from dgkit.anatomy.arguments import consecutive, map_arguments, map_tensors
 from dgkit.anatomy.diffusers_hooks import offloaded_groups_loaded, refuse_caches
 from dgkit.checks import one_of
 from dgkit.errors import DgkitError, ModelError
@@ -76,6 +76,7 @@ class _UnderWay(threading.local):
         call: the call; None between calls.
         branches: what is branched off it.
         rows: of the call, which the branches repeat.
+        given: its arguments by name, lists and dicts as they were before it: some forwards empty them.
         kept: outputs of blocks.
         forked: numbers of the branches that have joined the batch, in that order.
         last: their rows of the last block's output.
@@ -86,6 +87,7 @@ class _UnderWay(threading.local):
     call: Call | None = None
     branches: Sequence[Perturbation]
     rows: list[int]
+    given: dict[str, Any]
     kept: dict[int, Any]
     forked: list[int]
     last: Any
@@ -152,6 +154,7 @@ class Engine:
         for branch in branches:
             self._check(branch)
         self._now.call, self._now.branches, self._now.rows = call, branches, call.rows(COND)
+        self._now.given = {name: map_tensors(name, value, (), _itself) for name, value in call.arguments.items()}
         self._now.kept, self._now.forked = {}, []
         with self._lock:
             self._place_taps()
@@ -167,6 +170,8 @@ class Engine:
         outputs = []
         try:
             if branches:
+                given = self._now.given
+                args, kwargs = map_arguments(self.anatomy.model, args, kwargs, lambda name, value: given[name])
                 args, kwargs = self.anatomy.select_rows(args, kwargs, self._now.rows, call.batch)
                 outputs = [self._branch_output(number, args, kwargs) for number in range(len(branches))]
         finally:
@@ -337,6 +342,10 @@ class Engine:
             return _each_tensor(output, lambda t: t[: call.batch])
 
         return after
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _returning(output: Any) -> Callable[..., Any]:

@@ -262,7 +262,7 @@ TEXT_IN_BRANCH = {
 @each_class
 @torch.no_grad()
 def test_gates_are_the_residual_scaling_of_eq_2(name: str) -> None:
-    """z^{k+1} - z^k = sum over branches of alpha_k times the branch's output, for image tokens, if possible in float64."""
+    """z^{k+1} - z^k = sum over branches of alpha_k times the branch's output, for image tokens."""
     model, call = build(name, depth=3), inputs(name, 2, tokens=SIDE)
     if name not in ("kandinsky5", "motif_video"):  # parts of which compute in float32
         model, call = model.double(), {k: as_double(v) for k, v in call.items()}
