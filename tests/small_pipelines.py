@@ -109,13 +109,14 @@ class Family:
             return [pair for pairs in zip(*stacks, strict=True) for pair in pairs]
         return [pair for pairs in stacks for pair in pairs]
 
-    def run(self, pipe: Any, with_cfg: bool) -> Tensor:
+    def run(self, pipe: Any, with_cfg: bool, steps: int = STEPS) -> Tensor:
         """The final latents of one run, always the same."""
         if self.switch is not None:
             self.switch(pipe, with_cfg)
         with self.around(), torch.random.fork_rng():
             torch.manual_seed(0)  # some encode images with noise that no argument controls
-            return pipe(**self.arguments(with_cfg, self.batch), return_dict=False)[0]
+            arguments = self.arguments(with_cfg, self.batch) | {"num_inference_steps": steps}
+            return pipe(**arguments, return_dict=False)[0]
 
 
 # --------------------------------------------------------------------------------------------------------- their parts
@@ -397,13 +398,7 @@ def _krea2(with_cfg: bool, batch: int) -> Arguments:
 
 
 def _build_krea2() -> Any:
-    model = _model(
-        "Krea2Transformer2DModel", in_channels=16, num_layers=DEPTH, attention_head_dim=HEAD,
-        num_attention_heads=HEADS, num_key_value_heads=1, intermediate_size=32, timestep_embed_dim=16,
-        text_hidden_dim=TEXT_WIDTH, num_text_layers=3, text_num_attention_heads=2, text_num_key_value_heads=2,
-        text_intermediate_size=16, num_layerwise_text_blocks=1, num_refiner_text_blocks=1, axes_dims_rope=ROPE,
-    )  # fmt: skip
-    return _pipe("Krea2Pipeline", model, text_encoder_select_layers=(0, 1, 2))
+    return _pipe("Krea2Pipeline", tiny_models.build("krea2"), text_encoder_select_layers=(0, 1, 2))
 
 
 def _glm_image(with_cfg: bool, batch: int) -> Arguments:
@@ -411,26 +406,9 @@ def _glm_image(with_cfg: bool, batch: int) -> Arguments:
     return _call(batch, *SPATIAL, **_prompt(with_cfg, batch), **_scale(with_cfg), prior_token_ids=prior)
 
 
-def _build_glm_image() -> Any:
-    model = _model(
-        "GlmImageTransformer2DModel", patch_size=2, in_channels=CHANNELS, out_channels=CHANNELS, num_layers=DEPTH,
-        attention_head_dim=HEAD, num_attention_heads=HEADS, text_embed_dim=TEXT_WIDTH, time_embed_dim=16,
-        condition_dim=8, prior_vq_quantizer_codebook_size=11,
-    )  # fmt: skip
-    return _pipe("GlmImagePipeline", model)
-
-
 def _prx(with_cfg: bool, batch: int) -> Arguments:
     prompt = _both(with_cfg, prompt_embeds=_text(batch), prompt_attention_mask=torch.ones(batch, TEXT).bool())
     return _call(batch, *SPATIAL, **prompt, **_scale(with_cfg), use_resolution_binning=False)
-
-
-def _build_prx() -> Any:
-    model = _model(
-        "PRXTransformer2DModel", in_channels=CHANNELS, patch_size=2, context_in_dim=TEXT_WIDTH, hidden_size=WIDTH,
-        mlp_ratio=2.0, num_heads=HEADS, depth=DEPTH, axes_dim=[4, 4],
-    )  # fmt: skip
-    return _pipe("PRXPipeline", model)
 
 
 def _ernie(with_cfg: bool, batch: int) -> Arguments:
@@ -446,22 +424,14 @@ def _build_ernie() -> Any:
     return _pipe("ErnieImagePipeline", model)
 
 
-def _build_auraflow() -> Any:
-    """Made with weights so small that the image would hardly look at the text."""
-    model = tiny_models.build("auraflow")
+def _attentive(name: str) -> nn.Module:
+    """One that is made with weights so small that the image would hardly look at the text."""
+    model = tiny_models.build(name)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "attn" in name or "context" in name:
+        for path, parameter in model.named_parameters():
+            if "attn" in path or "context" in path:
                 parameter.mul_(4)
-    return _pipe("AuraFlowPipeline", model)
-
-
-def _build_lumina() -> Any:
-    model = _model(
-        "LuminaNextDiT2DModel", sample_size=8, patch_size=2, in_channels=CHANNELS, hidden_size=WIDTH,
-        num_layers=DEPTH, num_attention_heads=HEADS, num_kv_heads=1, multiple_of=16, cross_attention_dim=TEXT_WIDTH,
-    )  # fmt: skip
-    return _pipe("LuminaPipeline", model)
+    return model
 
 
 def _lumina2(with_cfg: bool, batch: int) -> Arguments:
@@ -519,11 +489,7 @@ class _NothingToCheck:
 
 
 def _build_cosmos(cls: str) -> Any:
-    model = _model(
-        "CosmosTransformer3DModel", in_channels=CHANNELS, out_channels=CHANNELS, num_attention_heads=1,
-        attention_head_dim=16, num_layers=DEPTH, mlp_ratio=2.0, text_embed_dim=TEXT_WIDTH, adaln_lora_dim=8,
-        max_size=(4, 8, 8), extra_pos_embed_type=None,
-    )  # fmt: skip
+    model = tiny_models.build("cosmos")
     flow = FlowMatchEulerDiscreteScheduler(use_karras_sigmas=True)
     scheduler = EDMEulerScheduler() if cls == "CosmosTextToWorldPipeline" else flow
     return _pipe(cls, model, scheduler, safety_checker=_NothingToCheck())
@@ -537,11 +503,7 @@ def _kandinsky5(with_cfg: bool, batch: int, *latents: int, **other: Any) -> Argu
 
 
 def _build_kandinsky5(cls: str) -> Any:
-    model = _model(
-        "Kandinsky5Transformer3DModel", in_visual_dim=CHANNELS, in_text_dim=TEXT_WIDTH, in_text_dim2=POOLED_WIDTH,
-        time_dim=16, out_visual_dim=CHANNELS, model_dim=WIDTH, ff_dim=32, num_text_blocks=1,
-        num_visual_blocks=DEPTH, axes_dims=ROPE, visual_cond="T2V" in cls,
-    )  # fmt: skip
+    model = _changed("kandinsky5", visual_cond="T2V" in cls)
     pipe = _pipe(cls, model)
     pipe.resolutions = [(SIDE, SIDE)]
     return pipe
@@ -613,11 +575,7 @@ def _bria_fibo(with_cfg: bool, batch: int) -> Arguments:
 
 
 def _build_bria_fibo() -> Any:
-    model = _model(
-        "BriaFiboTransformer2DModel", in_channels=16, num_layers=DEPTH - 1, num_single_layers=DEPTH,
-        attention_head_dim=HEAD, num_attention_heads=HEADS, joint_attention_dim=TEXT_WIDTH, axes_dims_rope=ROPE,
-        text_encoder_dim=8,
-    )  # fmt: skip
+    model = tiny_models.build("bria_fibo")
 
     def encode(prompt: list[str], **other: Any) -> tuple[Any, ...]:
         batch = len(prompt)
@@ -628,19 +586,6 @@ def _build_bria_fibo() -> Any:
     pipe = _pipe("BriaFiboPipeline", model)
     pipe.encode_prompt = encode
     return pipe
-
-
-def _build_nucleus() -> Any:
-    model = _model(
-        "NucleusMoEImageTransformer2DModel", in_channels=16, out_channels=4, num_layers=DEPTH, attention_head_dim=HEAD,
-        num_attention_heads=HEADS, joint_attention_dim=TEXT_WIDTH, axes_dims_rope=ROPE, mlp_ratio=12.0, num_experts=2,
-        moe_intermediate_dim=8, capacity_factors=[2.0] * DEPTH, dense_moe_strategy="leave_first_block_dense",
-    )  # fmt: skip
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 3:  # of the experts, left unset
-                parameter.normal_(std=0.2)
-    return _pipe("NucleusMoEImagePipeline", model)
 
 
 # ---------------------------------------------------------------------------------------------------- video pipelines
@@ -664,39 +609,19 @@ def _video(with_cfg: bool, batch: int, **other: Any) -> Arguments:
 
 
 def _build_wan(two: bool = False) -> Any:
-    """Of the three timesteps 1000, 667 and 334 the last one is below the boundary."""
+    """Of three timesteps, 1000, 667 and 334, or two, 1000 and 500, the last one is below the boundary."""
     if not two:
         return _pipe("WanPipeline", tiny_models.build("wan"))
     other = tiny_models.build("wan", seed=1)
-    return _pipe("WanPipeline", tiny_models.build("wan"), transformer_2=other, boundary_ratio=0.5)
+    return _pipe("WanPipeline", tiny_models.build("wan"), transformer_2=other, boundary_ratio=0.6)
 
 
 def _wan_image(with_cfg: bool, batch: int) -> Arguments:
     return _video(with_cfg, batch, image=_image(1, SIDE))
 
 
-def _build_wan_vace() -> Any:
-    model = _model(
-        "WanVACETransformer3DModel", num_attention_heads=HEADS, attention_head_dim=HEAD, in_channels=CHANNELS,
-        out_channels=CHANNELS, text_dim=TEXT_WIDTH, freq_dim=16, ffn_dim=32, num_layers=DEPTH, rope_max_seq_len=16,
-        vace_layers=[0, 2], vace_in_channels=2 * CHANNELS + 64,
-    )  # fmt: skip
-    return _pipe("WanVACEPipeline", model, vae=_wan_vae())
-
-
-def _build_anyflow() -> Any:
-    model = _model(
-        "AnyFlowTransformer3DModel", num_attention_heads=HEADS, attention_head_dim=HEAD, in_channels=CHANNELS,
-        out_channels=CHANNELS, text_dim=TEXT_WIDTH, freq_dim=16, ffn_dim=32, num_layers=DEPTH, rope_max_seq_len=16,
-    )  # fmt: skip
-    return _pipe("AnyFlowPipeline", model, FlowMapEulerDiscreteScheduler())
-
-
 def _build_skyreels() -> Any:
-    model = _model(
-        "SkyReelsV2Transformer3DModel", num_attention_heads=HEADS, attention_head_dim=HEAD, in_channels=CHANNELS,
-        out_channels=CHANNELS, text_dim=TEXT_WIDTH, freq_dim=16, ffn_dim=32, num_layers=DEPTH, rope_max_seq_len=16,
-    )  # fmt: skip
+    model = tiny_models.build("skyreels_v2")
     scheduler = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
     return _pipe("SkyReelsV2Pipeline", model, scheduler)
 
@@ -718,26 +643,13 @@ def _hunyuan_video(with_cfg: bool, batch: int) -> Arguments:
     return _call(batch, *VIDEO, **prompt, **_true_cfg(with_cfg), num_frames=5)
 
 
-def _build_hunyuan_video() -> Any:
-    model = _model(
-        "HunyuanVideoTransformer3DModel", in_channels=CHANNELS, out_channels=CHANNELS, num_attention_heads=HEADS,
-        attention_head_dim=HEAD, num_layers=DEPTH - 1, num_single_layers=DEPTH, num_refiner_layers=1, mlp_ratio=2.0,
-        text_embed_dim=TEXT_WIDTH, pooled_projection_dim=POOLED_WIDTH, rope_axes_dim=ROPE,
-    )  # fmt: skip
-    return _pipe("HunyuanVideoPipeline", model)
-
-
 def _hunyuan_video_15(with_cfg: bool, batch: int) -> Arguments:
     given = _hunyuan_image(with_cfg, batch)
     return given | {"latents": _rand("latents", batch, CHANNELS, 2, 4, 4), "num_frames": 5, "height": 64, "width": 64}
 
 
 def _build_hunyuan_video_15() -> Any:
-    model = _model(
-        "HunyuanVideo15Transformer3DModel", in_channels=2 * CHANNELS + 1, out_channels=CHANNELS,
-        num_attention_heads=HEADS, attention_head_dim=HEAD, num_layers=DEPTH, num_refiner_layers=1, mlp_ratio=2.0,
-        text_embed_dim=TEXT_WIDTH, text_embed_2_dim=TEXT_WIDTH, image_embed_dim=8, rope_axes_dim=ROPE,
-    )  # fmt: skip
+    model = tiny_models.build("hunyuan_video_15")
     torch.manual_seed(1)
     vae = diffusers.AutoencoderKLHunyuanVideo15(
         latent_channels=CHANNELS, block_out_channels=(8,) * 5, layers_per_block=1, downsample_match_channel=False,
@@ -751,15 +663,6 @@ def _build_hunyuan_video_15() -> Any:
 def _allegro(with_cfg: bool, batch: int) -> Arguments:
     prompt = _prompt(with_cfg, batch, mask="prompt_attention_mask")
     return _call(batch, *VIDEO, **prompt, **_scale(with_cfg), num_frames=5) | _no_negative_prompt()
-
-
-def _build_allegro() -> Any:
-    model = _model(
-        "AllegroTransformer3DModel", num_attention_heads=HEADS, attention_head_dim=12, in_channels=CHANNELS,
-        out_channels=CHANNELS, num_layers=DEPTH, cross_attention_dim=24, sample_height=8, sample_width=8,
-        sample_frames=2, caption_channels=TEXT_WIDTH,
-    )  # fmt: skip
-    return _pipe("AllegroPipeline", model, _ddim())
 
 
 def _latte(with_cfg: bool, batch: int) -> Arguments:
@@ -785,11 +688,7 @@ def _easyanimate(with_cfg: bool, batch: int) -> Arguments:
 
 
 def _build_easyanimate() -> Any:
-    model = _model(
-        "EasyAnimateTransformer3DModel", num_attention_heads=1, attention_head_dim=WIDTH, in_channels=CHANNELS,
-        out_channels=CHANNELS, patch_size=2, sample_width=8, sample_height=8, num_layers=DEPTH, mmdit_layers=DEPTH,
-        time_embed_dim=16, text_embed_dim=TEXT_WIDTH,
-    )  # fmt: skip
+    model = tiny_models.build("easyanimate")
     vae = diffusers.AutoencoderKLMagvit(
         latent_channels=CHANNELS, block_out_channels=[8] * 4, layers_per_block=1, norm_num_groups=2
     )
@@ -800,15 +699,6 @@ def _sana_video(with_cfg: bool, batch: int) -> Arguments:
     prompt = _prompt(with_cfg, batch, mask="prompt_attention_mask")
     call = _call(batch, *VIDEO, **prompt, **_scale(with_cfg), use_resolution_binning=False, frames=5)
     return call | _no_negative_prompt()
-
-
-def _build_sana_video() -> Any:
-    model = _model(
-        "SanaVideoTransformer3DModel", in_channels=CHANNELS, out_channels=CHANNELS, num_attention_heads=HEADS,
-        attention_head_dim=HEAD, num_layers=DEPTH, num_cross_attention_heads=HEADS, cross_attention_head_dim=HEAD,
-        cross_attention_dim=WIDTH, caption_channels=TEXT_WIDTH, sample_size=8, rope_max_seq_len=16,
-    )  # fmt: skip
-    return _pipe("SanaVideoPipeline", model)
 
 
 def _build_wan_image() -> Any:
@@ -827,11 +717,7 @@ def _motif(with_cfg: bool, batch: int) -> Arguments:
 
 
 def _build_motif() -> Any:
-    model = _model(
-        "MotifVideoTransformer3DModel", in_channels=2 * CHANNELS + 1, out_channels=CHANNELS,
-        num_attention_heads=HEADS, attention_head_dim=HEAD, num_layers=DEPTH - 1, num_single_layers=DEPTH,
-        mlp_ratio=2.0, text_embed_dim=TEXT_WIDTH, rope_axes_dim=ROPE,
-    )  # fmt: skip
+    model = _attentive("motif_video")
     return _pipe("MotifVideoPipeline", model, vae=_wan_vae(), guider=ClassifierFreeGuidance())
 
 
@@ -964,13 +850,20 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "AuraFlowPipeline",
-        _build_auraflow,
+        lambda: _pipe("AuraFlowPipeline", _attentive("auraflow")),
         _masked,
         U_C,
         (Stack("joint_transformer_blocks", 1), Stack("single_transformer_blocks", None, LAST)),
         block=3,
     ),
-    Family("LuminaPipeline", _build_lumina, _masked, C_U, (Stack("layers"),), predicted=CHANNELS),
+    Family(
+        "LuminaPipeline",
+        lambda: _pipe("LuminaPipeline", tiny_models.build("lumina")),
+        _masked,
+        C_U,
+        (Stack("layers"),),
+        predicted=CHANNELS,
+    ),
     Family(
         "Lumina2Pipeline",
         lambda: _pipe("Lumina2Pipeline", tiny_models.build("lumina2")),
@@ -1010,13 +903,6 @@ FAMILIES: tuple[Family, ...] = (
         (Stack("transformer_blocks", 1, FIRST),),
         batch=1,
         around=lambda: _small_references("qwenimage.pipeline_qwenimage_edit_plus"),
-    ),
-    Family(
-        "QwenImage21Pipeline",
-        _build_qwen_image_21,
-        _qwen_image_21,
-        TWO,
-        (Stack("transformer_blocks", None, LAST),),
     ),
     Family(
         "HunyuanImagePipeline",
@@ -1093,9 +979,16 @@ FAMILIES: tuple[Family, ...] = (
         block=3,
     ),
     Family("Krea2Pipeline", _build_krea2, _krea2, TWO, (Stack("transformer_blocks", None, LAST),)),
-    Family("GlmImagePipeline", _build_glm_image, _glm_image, TWO, (Stack("transformer_blocks", 0),)),
-    Family("PRXPipeline", _build_prx, _prx, U_C, (Stack("blocks"),), batch=1),
-    Family("ErnieImagePipeline", _build_ernie, _ernie, U_C, (Stack("layers", None, FIRST, axis=0),)),
+    Family(
+        "GlmImagePipeline",
+        lambda: _pipe("GlmImagePipeline", tiny_models.build("glm_image")),
+        _glm_image,
+        TWO,
+        (Stack("transformer_blocks", 0),),
+    ),
+    Family(
+        "PRXPipeline", lambda: _pipe("PRXPipeline", tiny_models.build("prx")), _prx, U_C, (Stack("blocks"),), batch=1
+    ),
     Family(
         "Cosmos2TextToImagePipeline",
         lambda: _build_cosmos("Cosmos2TextToImagePipeline"),
@@ -1138,7 +1031,14 @@ FAMILIES: tuple[Family, ...] = (
         (Stack("blocks"),),
         transformers=("transformer", "transformer_2"),
     ),
-    Family("WanVACEPipeline", _build_wan_vace, _video, TWO, (Stack("blocks"),), batch=1),
+    Family(
+        "WanVACEPipeline",
+        lambda: _pipe("WanVACEPipeline", tiny_models.build("wan_vace"), vae=_wan_vae()),
+        _video,
+        TWO,
+        (Stack("blocks"),),
+        batch=1,
+    ),
     Family("SkyReelsV2Pipeline", _build_skyreels, _video, TWO, (Stack("blocks"),)),
     Family("LTXPipeline", lambda: _pipe("LTXPipeline", tiny_models.build("ltx")), _ltx, U_C, ALONE),
     Family(
@@ -1150,7 +1050,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "HunyuanVideoPipeline",
-        _build_hunyuan_video,
+        lambda: _pipe("HunyuanVideoPipeline", tiny_models.build("hunyuan_video")),
         _hunyuan_video,
         TWO,
         (Stack("transformer_blocks", 0), Stack("single_transformer_blocks", 0)),
@@ -1164,19 +1064,17 @@ FAMILIES: tuple[Family, ...] = (
         (Stack("transformer_blocks", 0),),
         switch=_guider,
     ),
-    Family("AllegroPipeline", _build_allegro, _allegro, U_C, ALONE),
     Family(
-        "LattePipeline",
-        _build_latte,
-        _latte,
-        U_C,
-        (Stack("transformer_blocks"), Stack("temporal_transformer_blocks")),
-        block=2,
-        interleaved=True,
-        predicted=CHANNELS,
+        "AllegroPipeline", lambda: _pipe("AllegroPipeline", tiny_models.build("allegro"), _ddim()), _allegro, U_C, ALONE
     ),
     Family("EasyAnimatePipeline", _build_easyanimate, _easyanimate, U_C, (Stack("transformer_blocks", 0),)),
-    Family("SanaVideoPipeline", _build_sana_video, _sana_video, U_C, ALONE),
+    Family(
+        "SanaVideoPipeline",
+        lambda: _pipe("SanaVideoPipeline", tiny_models.build("sana_video")),
+        _sana_video,
+        U_C,
+        ALONE,
+    ),
     Family(
         "HunyuanDiTControlNetPipeline",
         _build_hunyuan_dit_controlnet,
@@ -1209,7 +1107,7 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "NucleusMoEImagePipeline",
-        _build_nucleus,
+        lambda: _pipe("NucleusMoEImagePipeline", tiny_models.build("nucleus_moe")),
         lambda cfg, n: _packed(cfg, n) | _prompt(cfg, n, mask="prompt_embeds_mask"),
         TWO,
         ALONE,
@@ -1269,10 +1167,31 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "AnyFlowPipeline",
-        _build_anyflow,
+        lambda: _pipe("AnyFlowPipeline", tiny_models.build("anyflow"), FlowMapEulerDiscreteScheduler()),
         _video,
         U_C,
         (Stack("blocks"),),
     ),
 )
-BY_NAME = {family.name: family for family in FAMILIES}
+# what their blocks put out is more than a row of dgkit's can say
+LEFT_OUT: tuple[Family, ...] = (
+    Family("ErnieImagePipeline", _build_ernie, _ernie, U_C, (Stack("layers", None, FIRST, axis=0),)),
+    Family(
+        "LattePipeline",
+        _build_latte,
+        _latte,
+        U_C,
+        (Stack("transformer_blocks"), Stack("temporal_transformer_blocks")),
+        block=2,
+        interleaved=True,
+        predicted=CHANNELS,
+    ),
+    Family(
+        "QwenImage21Pipeline",
+        _build_qwen_image_21,
+        _qwen_image_21,
+        TWO,
+        (Stack("transformer_blocks", None, LAST),),
+    ),
+)
+BY_NAME = {family.name: family for family in (*FAMILIES, *LEFT_OUT)}

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor, nn
 
 import dgkit
+from dgkit.anatomy import pipeline_row
+from dgkit.errors import DgkitError, ModelError
+from dgkit.sampling import generate
 from tests.dgkit.test_combinations import state
-from tests.naive_guidance import naive_detail_guidance, seen_by_plain_hooks
-from tests.small_pipelines import BY_NAME, FAMILIES, STEPS, Family
+from tests.naive_guidance import naive_detail_guidance, seen_by_plain_hooks, zeroed
+from tests.small_pipelines import BY_NAME, FAMILIES, LEFT_OUT, Family
 
-W, DIMS = 1.5, [2, 9]
+W, DIMS, STEPS = 1.5, [2, 9], 2
 RUNS = [(family.name, cfg) for family in FAMILIES for cfg in (False, True) if not (cfg and family.order == "no CFG")]
 each_run = pytest.mark.parametrize(("name", "cfg"), [pytest.param(*run, id=f"{run[0]}-{run[1]}") for run in RUNS])
 
@@ -35,9 +38,13 @@ def one_thread() -> Iterator[None]:
         remembered.cache_clear()
 
 
+def run(family: Family, cfg: bool) -> Tensor:
+    return family.run(built(family.name), cfg, STEPS)
+
+
 @cache
 def plain(name: str, cfg: bool) -> Tensor:
-    return BY_NAME[name].run(built(name), cfg)
+    return run(BY_NAME[name], cfg)
 
 
 @cache
@@ -48,16 +55,16 @@ def naive(name: str, cfg: bool) -> Tensor:
 def naive_with(family: Family, cfg: bool) -> Tensor:
     pipe = built(family.name)
     with naive_detail_guidance(pipe, family, family.block, DIMS, W, cfg):
-        return family.run(pipe, cfg)
+        return run(family, cfg)
 
 
 @cache
 def guided(name: str, cfg: bool, sharing: str) -> tuple[Tensor, int]:
     """The latents under dgkit's guidance, and the block evaluations that they took."""
-    family, pipe = BY_NAME[name], built(name)
+    family = BY_NAME[name]
     with ExitStack() as stack:
         guidance = [stack.enter_context(context) for context in guidances(name, sharing=sharing)]
-        latents = family.run(pipe, cfg)
+        latents = run(family, cfg)
     return latents, sum(one.cost.block_evaluations for one in guidance)
 
 
@@ -136,7 +143,7 @@ def test_recording_is_that_of_plain_hooks(name: str, cfg: bool) -> None:
     with ExitStack() as stack:
         traces = [stack.enter_context(dgkit.record(pipe, **which)) for which in transformers(name)]
         seen = [stack.enter_context(seen_by_plain_hooks(model, family, cfg)) for model in family.models(pipe)]
-        latents = family.run(pipe, cfg)
+        latents = run(family, cfg)
     assert torch.equal(latents, plain(name, cfg))
     for trace, expected in zip(traces, seen, strict=True):
         assert set(trace.labels) == ({"cond", "uncond"} if cfg else {"cond"})
@@ -155,8 +162,9 @@ def interrupting(module: nn.Module, call: int) -> Any:
     return module.register_forward_hook(hook)
 
 
-@each_run
-def test_an_exception_leaves_nothing_behind(name: str, cfg: bool) -> None:
+@pytest.mark.parametrize("name", [family.name for family in FAMILIES])
+def test_an_exception_leaves_nothing_behind(name: str) -> None:
+    cfg = BY_NAME[name].order != "no CFG"
     family, pipe = BY_NAME[name], built(name)
     expected = plain(name, cfg)
     before = [state(model) for model in family.models(pipe)]
@@ -166,7 +174,54 @@ def test_an_exception_leaves_nothing_behind(name: str, cfg: bool) -> None:
             stack.enter_context(context)
         handle = interrupting(last, 2)  # the first call's branch
         with pytest.raises(ZeroDivisionError):
-            family.run(pipe, cfg)
+            run(family, cfg)
         handle.remove()
     assert [state(model) for model in family.models(pipe)] == before
-    assert torch.equal(family.run(pipe, cfg), expected)
+    assert torch.equal(run(family, cfg), expected)
+
+
+@pytest.mark.parametrize("block", [0, 2])
+def test_blocks_that_a_controlnet_shares_are_left_alone_outside_of_a_call(block: int) -> None:
+    """Z-Image's is given the transformer's own first block, and runs before each call of the transformer."""
+    family = BY_NAME["ZImageControlNetPipeline"]
+    model, inside = built(family.name).transformer, [False]
+    edited, stack = family.blocks(model)[block]
+    handles = [
+        model.register_forward_pre_hook(lambda module, args: inside.__setitem__(0, True)),
+        model.register_forward_hook(lambda module, args, output: inside.__setitem__(0, False)),
+        edited.register_forward_hook(
+            lambda module, args, output: zeroed(output, stack, DIMS) if inside[0] else None,
+        ),
+    ]
+    expected = run(family, True)
+    for handle in handles:
+        handle.remove()
+    with dgkit.disrupt(built(family.name), block=block, dims=DIMS):
+        assert torch.equal(run(family, True), expected)
+    assert distance(expected, plain(family.name, True)) > 1e-3
+    family = replace(family, block=block)
+    expected = naive_with(family, True)
+    with dgkit.detail_guidance(built(family.name), scale=W, block=block, dims=DIMS):
+        assert distance(run(family, True), expected) <= 1e-5
+
+
+@pytest.mark.parametrize("name", [family.name for family in LEFT_OUT])
+def test_what_no_row_describes_is_refused(name: str) -> None:
+    with pytest.raises(ModelError, match="expected a diffusers pipeline"), dgkit.record(built(name)):
+        pass
+
+
+@pytest.mark.parametrize("scale", [1.5, 2.0])
+def test_cosmos_has_no_cfg_between_1_and_2(scale: float) -> None:
+    """Its formula is c + g (c - u), for g above 1 alone."""
+    name = "Cosmos2TextToImagePipeline"
+    assert pipeline_row(built(name)).guidance(2.5, 1) == {"guidance_scale": 1.5}
+    assert pipeline_row(built(name)).guidance(1.0, 1) == {"guidance_scale": 0.0}
+    with pytest.raises(DgkitError, match=rf"guidance_scale={scale} is not allowed.*above 2"):
+        generate(built(name), ["a"], [0], num_inference_steps=1, guidance_scale=scale)
+
+
+def test_the_scale_of_a_guider_is_not_given_in_the_call() -> None:
+    assert pipeline_row(built("MotifVideoPipeline")).guidance(1.0, 1) == {}
+    with pytest.raises(DgkitError, match=r"guidance_scale=3.0 is not allowed.*set pipe.guider"):
+        pipeline_row(built("MotifVideoPipeline")).guidance(3.0, 1)
