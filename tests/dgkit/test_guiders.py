@@ -184,7 +184,7 @@ def control(n: int) -> Arguments:
 
 
 def vace() -> nn.Module:
-    return small._build_wan_vace().transformer
+    return tiny_models.build("wan_vace")
 
 
 WAN = (Stack("blocks"),)
@@ -340,7 +340,7 @@ FAMILIES = (
     ),
     Guided(
         "krea 2",
-        core("krea2.modular_blocks_krea2.Krea2CoreDenoiseStep", lambda: small._build_krea2().transformer),
+        core("krea2.modular_blocks_krea2.Krea2CoreDenoiseStep", lambda: tiny_models.build("krea2")),
         lambda cfg, n: (
             latents(n, *small.PACKED)
             | small._both(
@@ -379,7 +379,7 @@ FAMILIES = (
         "anima",
         core(
             "anima.modular_blocks_anima.AnimaCoreDenoiseStep",
-            lambda: small._build_cosmos("Cosmos2TextToImagePipeline").transformer,
+            lambda: tiny_models.build("cosmos"),
             text_conditioner=Conditioner,
         ),
         anima,
@@ -388,14 +388,14 @@ FAMILIES = (
     ),
     Guided(
         "hunyuan-video 1.5",
-        core(f"{HUNYUAN}CoreDenoiseStep", lambda: small._build_hunyuan_video_15().transformer),
+        core(f"{HUNYUAN}CoreDenoiseStep", lambda: tiny_models.build("hunyuan_video_15")),
         video_15,
         TWO,
         (Stack("transformer_blocks", 0),),
     ),
     Guided(
         "hunyuan-video 1.5 image to video",
-        core(f"{HUNYUAN}Image2VideoCoreDenoiseStep", lambda: small._build_hunyuan_video_15().transformer),
+        core(f"{HUNYUAN}Image2VideoCoreDenoiseStep", lambda: tiny_models.build("hunyuan_video_15")),
         lambda cfg, n: (
             video_15(cfg, n)
             | {
