@@ -503,7 +503,7 @@ def _kandinsky5(with_cfg: bool, batch: int, *latents: int, **other: Any) -> Argu
 
 
 def _build_kandinsky5(cls: str) -> Any:
-    model = _changed("kandinsky5", visual_cond="T2V" in cls)
+    model = _changed("kandinsky5", visual_cond="T2I" not in cls)
     pipe = _pipe(cls, model)
     pipe.resolutions = [(SIDE, SIDE)]
     return pipe
@@ -624,6 +624,14 @@ def _build_skyreels() -> Any:
     model = tiny_models.build("skyreels_v2")
     scheduler = UniPCMultistepScheduler(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
     return _pipe("SkyReelsV2Pipeline", model, scheduler)
+
+
+def _build_skyreels_image() -> Any:
+    """The first frame is in further channels, as for Wan; what the image encoder would make of it is made up."""
+    transformer = _changed("skyreels_v2", in_channels=3 * CHANNELS, out_channels=CHANNELS, image_dim=8)
+    pipe = _pipe("SkyReelsV2ImageToVideoPipeline", transformer, vae=_wan_vae())
+    pipe.encode_image = lambda image, device: _rand("clip", 1, 3, 8)
+    return pipe
 
 
 def _ltx(with_cfg: bool, batch: int, **other: Any) -> Arguments:
@@ -1034,7 +1042,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "WanVACEPipeline",
         lambda: _pipe("WanVACEPipeline", tiny_models.build("wan_vace"), vae=_wan_vae()),
-        _video,
+        lambda cfg, n: _video(cfg, n, generator=torch.Generator().manual_seed(0)),  # it takes no list of them
         TWO,
         (Stack("blocks"),),
         batch=1,
@@ -1171,6 +1179,28 @@ FAMILIES: tuple[Family, ...] = (
         _video,
         U_C,
         (Stack("blocks"),),
+    ),
+    Family(
+        "Kandinsky5I2IPipeline",
+        lambda: _build_kandinsky5("Kandinsky5I2IPipeline"),
+        lambda cfg, n: _kandinsky5(cfg, n, 1, 8, 8, 2 * CHANNELS + 1, image=_picture()),
+        TWO,
+        (Stack("visual_transformer_blocks"),),
+    ),
+    Family(
+        "Kandinsky5I2VPipeline",
+        lambda: _build_kandinsky5("Kandinsky5I2VPipeline"),
+        lambda cfg, n: _kandinsky5(cfg, n, 6, 8, 8, 2 * CHANNELS + 1, image=_picture(), num_frames=21),
+        TWO,
+        (Stack("visual_transformer_blocks"),),
+    ),
+    Family("SkyReelsV2ImageToVideoPipeline", _build_skyreels_image, _wan_image, TWO, (Stack("blocks"),)),
+    Family(
+        "SanaImageToVideoPipeline",
+        lambda: _pipe("SanaImageToVideoPipeline", tiny_models.build("sana_video"), vae=_wan_vae()),
+        lambda cfg, n: _sana_video(cfg, n) | {"image": _image(1, SIDE)},
+        U_C,
+        ALONE,
     ),
 )
 # what their blocks put out is more than a row of dgkit's can say

@@ -220,6 +220,8 @@ def _step(pipe: Any, index: int) -> Step:
         place = getattr(scheduler, "step_index", None)
         place = (getattr(scheduler, "begin_index", None) or 0) + index if place is None else place
         now, after = (float(s) for s in scheduler.sigmas[place : place + 2])
+        if now > 1:  # Cosmos: of latents that are scaled before the transformer sees them
+            raise DgkitError(f"sigma={now:g} of {plain} is no noise level of x: leave out what depends on them")
         deterministic = plain == "FlowMatchEulerDiscreteScheduler" and not config.stochastic_sampling
         return Step(1 - now, now, 1 - after, after, predicts, deterministic)
     if not hasattr(scheduler, "alphas_cumprod"):

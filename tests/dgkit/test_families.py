@@ -221,6 +221,14 @@ def test_cosmos_has_no_cfg_between_1_and_2(scale: float) -> None:
         generate(built(name), ["a"], [0], num_inference_steps=1, guidance_scale=scale)
 
 
+def test_noise_levels_of_cosmos_are_not_known() -> None:
+    """Its sigmas run from 80 down, and its transformer is handed scaled latents."""
+    family = BY_NAME["Cosmos2TextToImagePipeline"]
+    by_sigma = dgkit.detail_guidance(built(family.name), scale=lambda sigma: sigma, block=1, dims=DIMS)
+    with by_sigma, pytest.raises(DgkitError, match=r"sigma=.* is no noise level of x"):
+        run(family, False)
+
+
 def test_the_scale_of_a_guider_is_not_given_in_the_call() -> None:
     assert pipeline_row(built("MotifVideoPipeline")).guidance(1.0, 1) == {}
     with pytest.raises(DgkitError, match=r"guidance_scale=3.0 is not allowed.*set pipe.guider"):
