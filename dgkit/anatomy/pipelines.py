@@ -88,12 +88,18 @@ _ROWS: tuple[tuple[Pipeline, str], ...] = (
     ),
     (Pipeline(COND_FIRST, condition="class_labels"), "DiTPipeline"),
     (Pipeline(COND_FIRST, negated=True, after="takes the channels after the third from c alone"), "LuminaPipeline"),
-    (_Z_IMAGE, "ZImagePipeline ZImageImg2ImgPipeline ZImageInpaintPipeline ZImageControlNetPipeline"),
+    (
+        _Z_IMAGE,
+        """
+        ZImagePipeline ZImageImg2ImgPipeline ZImageInpaintPipeline
+        ZImageControlNetPipeline ZImageControlNetInpaintPipeline
+        """,
+    ),
     (
         _TRUE_CFG,
         """
         FluxPipeline FluxImg2ImgPipeline FluxInpaintPipeline FluxControlNetPipeline
-        HunyuanVideoPipeline HunyuanVideoImageToVideoPipeline
+        HunyuanVideoPipeline HunyuanVideoImageToVideoPipeline HunyuanSkyreelsImageToVideoPipeline
         """,
     ),
     (
@@ -123,7 +129,7 @@ _ROWS: tuple[tuple[Pipeline, str], ...] = (
         """
         ChromaPipeline ChromaImg2ImgPipeline ChromaInpaintPipeline CogView4Pipeline CogView4ControlPipeline
         OvisImagePipeline GlmImagePipeline
-        WanPipeline WanImageToVideoPipeline WanVideoToVideoPipeline WanVACEPipeline
+        WanPipeline WanImageToVideoPipeline WanVideoToVideoPipeline WanVACEPipeline LucyEditPipeline
         SkyReelsV2Pipeline SkyReelsV2ImageToVideoPipeline
         Kandinsky5T2IPipeline Kandinsky5I2IPipeline Kandinsky5T2VPipeline Kandinsky5I2VPipeline
         """,
