@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dgkit.anatomy.arguments import consecutive, map_arguments, map_tensors, named, parameters
+from dgkit.anatomy.batch_dependence import refuse_parallel
 from dgkit.anatomy.gates import Gate
 from dgkit.anatomy.grids import Grid
 from dgkit.anatomy.loops import contexts_noted, loop_under_way
@@ -284,11 +285,13 @@ def dissect(target: Any, row: Transformer | None = None, *, transformer: str = "
     Raises:
         ModelError: `target` is none of these, or its transformer's class has no row in `TRANSFORMERS`, nor is it built
             as facebookresearch's DiT, and no `row` is given; or the transformer is compiled as a whole (a compiled
-            module ignores hooks that are added later; compile its blocks instead).
+            module ignores hooks that are added later; compile its blocks instead), or runs on several devices at once.
     """
     if isinstance(target, Anatomy):
         return target
     model = target if isinstance(target, nn.Module) else getattr(target, transformer, None)
+    if isinstance(model, nn.Module):
+        refuse_parallel(model)
     # torch.compile(model) wraps the module as `_orig_mod`; model.compile() sets `_compiled_call_impl`
     if isinstance(model, nn.Module) and compiled(model):
         raise ModelError(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dgkit.anatomy import COND, DEGRADED, Anatomy, Block, Call, Pass, degraded_pass, dissect
 from dgkit.anatomy.arguments import consecutive, map_arguments, map_tensors
+from dgkit.anatomy.batch_dependence import refuse_parallel, refuse_scales_of_batch
 from dgkit.anatomy.diffusers_hooks import offloaded_groups_loaded, refuse_caches
 from dgkit.checks import one_of
 from dgkit.errors import DgkitError, ModelError
@@ -142,10 +143,14 @@ class Engine:
 
         Raises:
             DgkitError: a perturbation that "fork" cannot run, or that skips the first block of a stack.
-            ModelError: a transformer with a cache, or with gradients by checkpointing.
+            ModelError: a transformer with a cache, on several devices at once, with gradients by checkpointing, or with
+                activations quantised by a scale of the whole batch where the branch has other rows.
         """
         self.forget()
         refuse_caches(self.anatomy.model)
+        refuse_parallel(self.anatomy.model)
+        if branches and (self.sharing == "fork" or len(call.rows(COND)) < call.batch):
+            refuse_scales_of_batch(self.anatomy.model)
         if torch.is_grad_enabled() and getattr(self.anatomy.model, "gradient_checkpointing", False):
             raise ModelError(
                 "gradient checkpointing runs blocks again in the backward pass, where they are not guided: use "
