@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from diffusers import LatteTransformer3DModel, QwenImageTransformer2DModel
+from diffusers import QwenImageTransformer2DModel
 from diffusers.models.transformers.transformer_glm_image import GlmImageKVCache
 from torch import Tensor, nn
 
@@ -15,6 +15,7 @@ import dgkit
 from dgkit.anatomy import Block, Call, dissect
 from dgkit.disruption import make_edit
 from dgkit.errors import DgkitError, ModelError
+from tests.small_pipelines import BY_NAME
 from tests.tiny_models import ALL_CLASSES, STREAMS, TEXT, build, image_slice, inputs, streams
 
 SIDE = 2  # image tokens along one side
@@ -635,7 +636,7 @@ def test_what_is_no_transformer_is_refused(target: object) -> None:
 
 def test_a_class_without_a_row_is_refused() -> None:
     with pytest.raises(ModelError, match="got LatteTransformer3DModel .of another class: give dgkit.dissect"):
-        dissect(LatteTransformer3DModel.__new__(LatteTransformer3DModel))
+        dissect(BY_NAME["LattePipeline"].build().transformer)
 
 
 def test_a_block_without_room_for_the_image_is_refused() -> None:
