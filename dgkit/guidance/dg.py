@@ -45,17 +45,8 @@ class DG(Branching):
             raise DgkitError(f"{', '.join(lacking)} left out, but no preset for this model states it: give a value")
         block: Any = known.block
         dims: Any = known.dims
-        if "auto" in (block, dims) and pipe is None:
-            raise ModelError('"auto" needs a pipeline to look for block and dims with: give values')
         if "auto" in (block, dims):
-            found = calibrate(
-                pipe,
-                block=None if block == "auto" else block,
-                dims=None if dims == "auto" else dims,
-                cfg=cfg,
-                transformer=next(name for name, part in pipe.components.items() if part is anatomy.model),
-            )
-            block, dims = found.block, found.dims
+            block, dims = _looked_for(pipe, anatomy, block, dims, cfg)
         block, dims = anatomy.block(block).index, anatomy.dims(dims)
         make_edit(anatomy, dims, self.kind, self.seed)
         return replace(self, block=block, dims=dims, scale=known.scale, scale_with_cfg=known.scale_with_cfg)
@@ -66,3 +57,13 @@ class DG(Branching):
     def perturbation(self, call: Call) -> Perturbation:
         assert isinstance(self.block, int) and self.dims is not None and not isinstance(self.dims, str)
         return Perturbation(edits={self.block: make_edit(call.anatomy, self.dims, self.kind, self.seed)})
+
+
+def _looked_for(pipe: Any, anatomy: Anatomy, block: Any, dims: Any, cfg: str | None) -> tuple[int, list[int]]:
+    """The block and the dims, that or those of them looked for that are "auto"."""
+    if pipe is None:
+        raise ModelError('"auto" needs a pipeline to look for block and dims with: give values')
+    part = next(name for name, part in pipe.components.items() if part is anatomy.model)
+    known = {name: value for name, value in (("block", block), ("dims", dims)) if value != "auto"}
+    found = calibrate(pipe, **known, cfg=cfg, transformer=part)
+    return found.block, found.dims

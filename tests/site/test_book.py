@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 import dgkit
+from dgkit import anatomy
 from dgkit.guidance import METHODS, SHARING
 from dgkit.zoo import MODELS
+from tests.small_pipelines import FAMILIES
 
 BOOK = Path(__file__).parents[2] / "book"
 PIPELINES = (BOOK / "pipelines.md").read_text()
@@ -34,3 +36,12 @@ def test_code_on_the_pages_uses_names_that_exist(page: str) -> None:
 def test_every_method_and_way_of_sharing_is_on_the_page() -> None:
     assert all(f"`{method.__name__}`" in PIPELINES for method in METHODS.values())
     assert all(f'`"{way}"`' in PIPELINES for way in SHARING)
+
+
+def test_the_table_of_families_names_what_ran() -> None:
+    table = PIPELINES.split("(families)=")[1].split("`Pipeline` is left out")[0]
+    lines = [line.split("|") for line in table.splitlines() if line.startswith("|")]
+    named = {name for line in lines for name in re.findall(r"\b[A-Z]\w+", line[2].split(";")[0])} - {"Images", "Videos"}
+    ran = {entry.name.split()[0].removesuffix("Pipeline") for entry in FAMILIES}
+    assert named <= {name.removesuffix("Pipeline") for name in anatomy.PIPELINES}
+    assert ran == named
