@@ -199,14 +199,15 @@ class Trace:
         """Take in the image tokens (B, T, C) of block `index`."""
         if self.grid is not None:
             self.grid.fit(image)
-        magnitude = image.abs()
+        # float32 is faster than half precision here, in which squares would overflow; one copy, changed in place
+        wide = torch.promote_types(image.dtype, torch.float32)
+        magnitude = image.abs() if image.dtype == wide else image.to(wide).abs_()
         mapped = magnitude[..., self.maps].mT if self.maps else None  # (B, M, T), before it is overwritten
-        mean = magnitude.mean(1, dtype=torch.float32)  # (B, C)
+        mean = magnitude.mean(1)  # (B, C)
         largest = magnitude.amax(1)
-        square = image.float().square().sum(1)  # in float16 squares would overflow
         threshold = self.ratio * _median(mean)  # (B,)
-        # in place the comparison keeps the floating dtype, whose mean is several times faster than that of bool
-        share = magnitude.gt_(threshold[:, None, None]).mean(1, dtype=torch.float32)
+        square = magnitude.square_().sum(1)
+        share = magnitude.gt_(threshold[:, None, None].square()).mean(1)
         for key, (count, rows) in current.groups.items():
             cell = self._cell(key, image.device)
             cell.images[index] += count

@@ -42,7 +42,8 @@ def imported(package: str) -> set[str]:
 
 def test_the_library_pulls_what_it_imports() -> None:
     by_diffusers = {"accelerate"}  # which places weights by it
-    assert set(bounds(PROJECT["dependencies"])) == imported("dgkit") | by_diffusers
+    to_draw = {"matplotlib"}  # which `Calibration.figure` asks for, with an error of its own
+    assert set(bounds(PROJECT["dependencies"])) == imported("dgkit") - to_draw | by_diffusers
 
 
 def test_the_extra_book_pulls_what_the_companion_imports_besides() -> None:
