@@ -90,15 +90,17 @@ class Runs(Generic[State]):
     def __init__(self, make: Callable[[], State]) -> None:
         self._make = make
         self._known: dict[int, tuple[int, Any, State]] = {}
+        self._lock = threading.Lock()
 
     def of(self, loop: Loop | None) -> State:
         """What belongs to the run of `loop`, or to all calls without one."""
         run, schedule = (0, None) if loop is None else (loop.run, loop.pipe.scheduler.timesteps)
-        known = self._known.get(run)
-        if known is None or known[1] is not schedule:
-            self._forget_ended()
-            self._known[run] = known = (threading.get_ident(), schedule, self._make())
-        return known[2]
+        with self._lock:
+            known = self._known.get(run)
+            if known is None or known[1] is not schedule:
+                self._forget_ended()
+                self._known[run] = known = (threading.get_ident(), schedule, self._make())
+            return known[2]
 
     def all(self) -> list[State]:
         """Those of the runs that were not yet forgotten."""
