@@ -27,7 +27,7 @@ def train(name: str, folder: Path) -> None:
     otherwise as many threads as torch is set to; either changes the rounding, hence the weights, but not the batches
     and their noise.
 
-    `tiny-sd3`, its variants (see `training.variants`) and `tiny-flux` share the autoencoder in the folder
+    `tiny-sd3`, its other trainings (see `training.trainings`) and `tiny-flux` share the autoencoder in the folder
     `tile-autoencoder` beside theirs, and train it first if it is not complete. `tiny-dit-s`, `-b`, `-l` and `-xl` (see
     `training.ladder`) use that of the shipped `tiny-dit`, and are trained once for each seed of their recipe; the
     first training is the one written.
@@ -145,6 +145,7 @@ MODELS: dict[str, Model] = {
     TILE_AUTOENCODER: Model(_train_tile_autoencoder, datasets.DUNGEON_TILES),
     "tiny-sd3": Model(_train_text_to_image, datasets.DUNGEON_TILES),
     "tiny-flux": Model(_train_text_to_image, datasets.DUNGEON_TILES),
+    "tiny-sd3-first": Model(_train_text_to_image, datasets.DUNGEON_TILES),
     "tiny-sd3-long": Model(_train_text_to_image, datasets.DUNGEON_TILES),
     "tiny-sd3-wide": Model(_train_text_to_image, datasets.DUNGEON_TILES),
     "tiny-dit-s": Model(_train_rung, datasets.FASHION_MNIST),

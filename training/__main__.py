@@ -8,19 +8,26 @@ from typing import Any
 
 import training
 from dgbook.chapters.ladder import RUNGS
-from dgbook.pages.variants import VARIANTS
+from dgbook.pages.trainings import SHIPPED, TRAININGS
 from dgbook.paths import build_dir
 from dgkit.checks import one_of
 from dgkit.errors import DgkitError
-from training import ingredients, ladder, quality, search, text_quality, variants
+from training import ingredients, ladder, quality, search, text_quality, trainings
+
+
+def measure_shipped(run: Path) -> dict[str, Any]:
+    """The card of `tiny-sd3`, and its row among its trainings."""
+    trainings.measure_training(run)
+    return text_quality.measure(run)
+
 
 MEASURES: dict[str, Callable[[Path], dict[str, Any]]] = {
     "tiny-dit": quality.measure,
     "fashion-classifier": quality.measure_classifier,
-    "tiny-sd3": text_quality.measure,
     "tiny-flux": text_quality.measure,
     "tile-matcher": text_quality.measure_matcher,
-    **dict.fromkeys(VARIANTS, variants.measure_variant),
+    **dict.fromkeys(TRAININGS, trainings.measure_training),
+    SHIPPED: measure_shipped,
     **dict.fromkeys(RUNGS, ladder.measure_rung),
 }
 """What measures each model, by name: takes the folder of its training."""

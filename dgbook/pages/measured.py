@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable
 
-from dgbook.pages import across, at_scale, beside, exhibits, runs, search, variants, verdicts
+from dgbook.pages import across, at_scale, beside, exhibits, runs, search, trainings, verdicts
 from dgkit.errors import DgkitError
 
 PARTS: dict[str, Callable[..., str]] = {
@@ -17,8 +17,9 @@ PARTS: dict[str, Callable[..., str]] = {
     "beside-paper": beside.beside_paper,
     "exhibits": exhibits.exhibits,
     "search": search.trials,
-    "variants": variants.trainings,
-    "variants-outcomes": variants.outcomes,
+    "trainings": trainings.trainings,
+    "trainings-growth": trainings.growth,
+    "trainings-outcomes": trainings.outcomes,
     "runs": runs.runs,
     "versions": runs.versions,
     "hardware": runs.hardware,

@@ -20,7 +20,7 @@ from dgbook.claims.results import Result
 from dgbook.claims.verdicts import parts
 from dgbook.markdown import plain, table
 from dgbook.measures.stats import Interval
-from dgbook.pages import across, at_scale, beside, exhibits, measured, runs, variants, verdicts
+from dgbook.pages import across, at_scale, beside, exhibits, measured, runs, trainings, verdicts
 from dgbook.pages.text import ZOO, on_models
 from dgbook.pages.verdicts import Evidence
 from dgbook.paper_scale import protocol, reproduce
@@ -549,38 +549,33 @@ def test_the_directive_warns_of_what_it_cannot_make(build: Any) -> None:
     assert "use one of chapters" in warnings
 
 
-# variants of tiny-sd3 -------------------------------------------------------------------------------------------------
+# trainings of tiny-sd3 ------------------------------------------------------------------------------------------------
 
 
-def test_the_variants_are_shown_step_by_step_and_claim_by_claim(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(variants, "sentence", lambda: "It grew.")
-    table = pd.DataFrame({"step": ["10", "20"], "96 channels": ["3.0", "4.0"], "128 channels": ["", "5.0"]})
-    monkeypatch.setattr(variants, "table_of_steps", lambda: table)
-    assert variants.trainings().startswith("It grew.\n\n| step | 96 channels | 128 channels |\n| --- |")
-    assert rows(variants.trainings().partition("\n\n")[2]) == [["10", "3.0", ""], ["20", "4.0", "5.0"]]
-
-    for chapter in variants.CHAPTERS:
-        record = results.read(results.REFERENCE / "tiny-sd3" / f"{chapter}.json")
-        if chapter == "01_layer_properties":  # the longer trained has massive channels in all blocks
-            record.values["blocks_with_massive"] = record.values["blocks"]
-        file = tmp_path / "tiny-sd3-long" / f"{chapter}.json"
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(json.dumps(dataclasses.asdict(record)))
-    monkeypatch.setattr(variants, "FOLDER", tmp_path)
-    shown = rows(variants.outcomes().partition("\n\n")[0])
-    assert len(shown) == sum(len(parts()[chapter]) + 1 for chapter in variants.CHAPTERS)
-    differing = [cells for cells in shown if cells[2] != cells[3]]
+def test_the_claims_are_shown_training_by_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in trainings.WITH_RUNS:
+        for chapter in trainings.CHAPTERS:
+            record = results.read(results.REFERENCE / "tiny-sd3" / f"{chapter}.json")
+            if chapter == "01_layer_properties":
+                blocks = record.values["blocks"]
+                record.values["blocks_with_massive"] = blocks if name == "tiny-sd3-long" else blocks - 1
+            file = tmp_path / name / f"{chapter}.json"
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(json.dumps(dataclasses.asdict(record)))
+    monkeypatch.setattr(trainings, "FOLDER", tmp_path)
+    shown = rows(trainings.outcomes().partition("\n\n")[0])
+    assert len(shown) == sum(len(parts()[chapter]) + 1 for chapter in trainings.CHAPTERS)
+    differing = [cells for cells in shown if cells[3] != cells[4]]
     assert [cells[1] for cells in differing] == ["massive channels in every block", "verdict"]
-    assert differing[0][2].startswith("does not hold: 4 of 8") and differing[0][3].startswith("holds: 8 of 8")
+    assert differing[0][3].startswith("does not hold: 7 of 8") and differing[0][4].startswith("holds: 8 of 8")
 
 
-def test_the_runs_on_the_longer_trained_are_those_on_the_shipped() -> None:
-    for chapter in variants.CHAPTERS:
-        shipped, longer = variants.records(chapter).values()
-        assert shipped.parameters | {"model": None} == longer.parameters | {"model": None}
-        assert shipped.provenance["weights_sha256"] != longer.provenance["weights_sha256"]
+def test_the_runs_on_all_trainings_are_the_same() -> None:
+    for chapter in trainings.CHAPTERS:
+        shipped, *others = trainings.records(chapter).values()
+        for other in others:
+            assert shipped.parameters | {"model": None} == other.parameters | {"model": None}
+            assert shipped.provenance["weights_sha256"] != other.provenance["weights_sha256"]
 
 
 def test_a_dataclass_has_a_signature_that_sphinx_can_read(monkeypatch: pytest.MonkeyPatch) -> None:

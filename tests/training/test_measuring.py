@@ -20,13 +20,13 @@ import training
 from dgbook.measures import datasets
 from dgbook.measures.matcher import TileMatcher
 from dgbook.measures.spectrum import sharpness
-from dgbook.pages.variants import FOLDER, VARIANTS, measurements, sentence, shipped_steps
+from dgbook.pages.trainings import FOLDER, SHIPPED, TRAININGS, measurements
 from dgkit import zoo
 from dgkit.errors import DgkitError, LoadError
 from dgkit.paths import DATA
 from dgkit.sampling import generate
 from tests.training.test_flow import WORDS, random_tiles, recipe_of, small_vae, trained_like
-from training import cards, flow, ladder, measuring, text_quality, tiles, variants
+from training import cards, flow, ladder, measuring, text_quality, tiles, trainings
 from training.__main__ import MEASURES, main
 from training.tiles import Caption, Tiles
 
@@ -510,36 +510,34 @@ def test_w_is_the_one_whose_sharpness_is_nearest_to_real() -> None:
     assert cards.sharpest_match(rows, 4.0)["w"] == 0.0
 
 
-# ------------------------------------------------------------------------------------------------- variants of tiny-sd3
+# ------------------------------------------------------------------------------------------------ trainings of tiny-sd3
 
 
-def test_a_variant_is_tiny_sd3_but_for_one_thing() -> None:
+def test_the_longer_and_the_wider_training_are_the_first_but_for_one_thing() -> None:
     folder = Path(flow.__file__).parent
-    long, wide, base = (
-        flow.Recipe.read(folder / f"{name}.toml") for name in ("tiny-sd3-long", "tiny-sd3-wide", "tiny-sd3")
-    )
-    assert dataclasses.replace(long, schedule=base.schedule, snapshots=base.snapshots) == base
+    long, wide, first = (flow.Recipe.read(folder / f"tiny-sd3-{name}.toml") for name in ("long", "wide", "first"))
+    assert dataclasses.replace(long, schedule=first.schedule, snapshots=first.snapshots) == first
     width = {"num_attention_heads": 3, "caption_projection_dim": 96}
-    assert dataclasses.replace(wide, schedule=base.schedule, transformer=wide.transformer | width) == base
-    for variant in (long, wide):
-        same = {"steps": base.schedule.steps, "decay_steps": 0}
-        assert dataclasses.replace(variant.schedule, **same) == base.schedule
-        for step in range(min(variant.schedule.steps, base.schedule.steps)):
-            assert variant.schedule.lr_at(step) == base.schedule.lr_at(step)
-    assert set(base.snapshots) < set(long.snapshots) and long.snapshots[-1] == long.schedule.steps
-    assert wide.schedule.steps in base.snapshots
+    assert dataclasses.replace(wide, schedule=first.schedule, transformer=wide.transformer | width) == first
+    for other in (long, wide):
+        same = {"steps": first.schedule.steps, "decay_steps": 0}
+        assert dataclasses.replace(other.schedule, **same) == first.schedule
+        for step in range(min(other.schedule.steps, first.schedule.steps)):
+            assert other.schedule.lr_at(step) == first.schedule.lr_at(step)
+    assert set(first.snapshots) < set(long.snapshots) and long.snapshots[-1] == long.schedule.steps
+    assert wide.schedule.steps in first.snapshots
 
 
 @pytest.mark.parametrize("run", ["tiny-sd3"], indirect=True)
-def test_a_variant_is_measured(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(variants, "FOLDER", tmp_path / "ladder")
-    monkeypatch.setattr(variants, "unseen_combinations", text_quality.unseen_combinations)
-    monkeypatch.setattr(variants, "load_matcher", text_quality.load_matcher)
+def test_a_training_is_measured(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainings, "FOLDER", tmp_path / "ladder")
+    monkeypatch.setattr(trainings, "unseen_combinations", text_quality.unseen_combinations)
+    monkeypatch.setattr(trainings, "load_matcher", text_quality.load_matcher)
     monkeypatch.setattr(ladder, "RESAMPLES", 50)
-    with pytest.raises(DgkitError, match="a variant's folder is called tiny-sd3-long or tiny-sd3-wide"):
-        variants.measure_variant(run)
-    run = run.rename(tmp_path / "tiny-sd3-long")
-    measured = variants.measure_variant(run)
+    with pytest.raises(DgkitError, match="a training's folder is called tiny-sd3 or tiny-sd3-first or"):
+        trainings.measure_training(run.rename(tmp_path / "another"))
+    run = (tmp_path / "another").rename(tmp_path / "tiny-sd3-long")
+    measured = trainings.measure_training(run)
     file = tmp_path / "ladder" / "tiny-sd3-long.json"
     assert json.loads(json.dumps(measured)) == json.loads(file.read_text()) and file.with_suffix(".png").is_file()
     assert (measured["width"], measured["training"]["steps"]) == (16, 5)
@@ -579,8 +577,8 @@ def test_the_loss_on_tiles_is_that_of_a_naive_loop(held_out: bool, monkeypatch: 
     assert loss == pytest.approx(naive_loss(network, vae, made, rows), rel=1e-4)
 
 
-def test_what_is_kept_of_the_variants_is_of_their_recipes() -> None:
-    assert tuple(measurements()) == VARIANTS
+def test_what_is_kept_of_the_trainings_is_of_their_recipes() -> None:
+    assert tuple(measurements()) == TRAININGS
     for name, measured in measurements().items():
         recipe = flow.Recipe.read(Path(flow.__file__).parent / f"{name}.toml")
         measured["recipe"]["schedule"].setdefault("beta2", 0.999)  # AdamW's own, where the recipe had no other
@@ -588,15 +586,20 @@ def test_what_is_kept_of_the_variants_is_of_their_recipes() -> None:
         assert measured["training"]["steps"] == recipe.schedule.steps
         steps = [step for step in recipe.snapshots if step <= recipe.schedule.steps]
         assert [row["step"] for row in measured["history"]] == steps
-        assert all((FOLDER / f"{name}{end}").stat().st_size < 200_000 for end in (".json", ".png"))
-    assert [measured["width"] for measured in measurements().values()] == [96, 128]
-    assert sentence()
+        kept = [FOLDER / f"{name}{end}" for end in (".json", ".png") if name != SHIPPED or end == ".json"]
+        assert all(file.stat().st_size < 200_000 for file in kept)
+    assert [measured["width"] for measured in measurements().values()] == [96, 96, 96, 128]
 
 
-def test_the_shipped_tiny_sd3_is_the_first_half_of_the_longer_training() -> None:
-    history = {row["step"]: row for row in measurements()["tiny-sd3-long"]["history"]}
+def test_the_first_tiny_sd3_is_the_first_half_of_the_longer_training() -> None:
+    found = measurements()
+    assert found["tiny-sd3-first"]["history"] == [
+        row for row in found["tiny-sd3-long"]["history"] if row["step"] <= 5000
+    ]
+
+
+def test_the_card_of_the_shipped_tiny_sd3_agrees_with_its_row() -> None:
     card = json.loads((DATA / "models" / "tiny-sd3" / "quality.json").read_text())["massive"]
-    for row in card:
-        assert history[row["step"]]["dim"] == row["dim"]
-        assert history[row["step"]]["ratio"] == pytest.approx(row["ratio"], abs=0.011)
-    assert card[-1]["step"] == shipped_steps() == max(history) // 2
+    assert [(row["step"], row["dim"]) for row in card] == [
+        (row["step"], row["dim"]) for row in measurements()[SHIPPED]["history"]
+    ]

@@ -1,10 +1,11 @@
-"""Would `tiny-sd3` have larger massive activations after a longer training, or if it were wider?
+"""How much do trainings of `tiny-sd3` differ, and would a longer or wider one have larger massive activations?
 
-Two trainings beside its own: `tiny-sd3-long` repeats its schedule from where it ended (its first half is `tiny-sd3`, to
-the bit), `tiny-sd3-wide` has a third more channels. What was measured of them is in `data/ladder`; the weights are not
-kept. To train and measure them again, and to repeat the reference runs on the longer trained:
+Beside the shipped training: `tiny-sd3-first`, by the recipe from before the search, and from there `tiny-sd3-long`, its
+schedule repeated from where it ended (its first half is `tiny-sd3-first`, to the bit), and `tiny-sd3-wide`, with a
+third more channels. What was measured of them is in `data/ladder`; the weights are not kept. To train and measure one
+again, and to repeat the reference runs on it:
 
-    for name in tiny-sd3-long tiny-sd3-wide; do python -m training train $name && python -m training measure $name; done
+    python -m training train tiny-sd3-long && python -m training measure tiny-sd3-long
     cp -r _build/training/tiny-sd3-long/model tiny-sd3-long
     for name in layer-properties intervention detail-guidance; do
         dgkit run $name --model ./tiny-sd3-long --reference
@@ -22,7 +23,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from dgbook.measures.matcher import load_matcher, matching_score
-from dgbook.pages.variants import FOLDER, SHIPPED, VARIANTS
+from dgbook.pages.trainings import FOLDER, SHIPPED, TRAININGS
 from dgkit.errors import DgkitError
 from dgkit.recording import record
 from dgkit.sampling import generate
@@ -35,13 +36,13 @@ from training.text_quality import captions_of, loss_on_tiles, share
 from training.tiles import Tiles, unseen_combinations
 
 
-def measure_variant(run: Path) -> dict[str, Any]:
-    """Measure the variant that `train(run.name, run)` left in `run`.
+def measure_training(run: Path) -> dict[str, Any]:
+    """Measure the training that `train(run.name, run)` left in `run`.
 
-    Writes the numbers to `data/ladder/NAME.json` and a sheet of samples beside it.
+    Writes the numbers to `data/ladder/NAME.json` and, of one that is not shipped, a sheet of samples beside it.
 
     Args:
-        run: the training's folder, whose name is in `VARIANTS`.
+        run: the training's folder, whose name is in `TRAININGS`.
 
     Returns:
         The contents of the JSON file: "recipe"; "width"; "training", what it took; "history", per snapshot "step", per
@@ -54,8 +55,8 @@ def measure_variant(run: Path) -> dict[str, Any]:
         LoadError: `run` does not hold a finished training.
         DataError: the tiles are missing or altered.
     """
-    if run.name not in VARIANTS:
-        raise DgkitError(f"run={str(run)!r} is not allowed: a variant's folder is called {' or '.join(VARIANTS)}")
+    if run.name not in TRAININGS:
+        raise DgkitError(f"run={str(run)!r} is not allowed: a training's folder is called {' or '.join(TRAININGS)}")
     folder, facts = finished(run)
     recipe, tiles = flow.Recipe.read(folder / f"{run.name}.toml"), Tiles.load()
     pipe, preset = DiffusionPipeline.from_pretrained(folder).to(device()), MODELS[SHIPPED].preset
@@ -83,12 +84,13 @@ def measure_variant(run: Path) -> dict[str, Any]:
     }
     FOLDER.mkdir(exist_ok=True)
     (FOLDER / f"{run.name}.json").write_text(json.dumps(measured, indent=1) + "\n")
-    captioned_sheet(images, unseen, columns=8, zoom=1).save(FOLDER / f"{run.name}.png", optimize=True)
+    if run.name != SHIPPED:
+        captioned_sheet(images, unseen, columns=8, zoom=1).save(FOLDER / f"{run.name}.png", optimize=True)
     return measured
 
 
 def history_of(recipe: flow.Recipe, tiles: Tiles, vae: Any, snapshots: Path) -> list[dict[str, Any]]:
-    """One row per training snapshot in the folder `snapshots`, see `measure_variant`; raises as `largest_channels`."""
+    """One row per training snapshot in the folder `snapshots`, see `measure_training`; raises as `largest_channels`."""
     network = flow.build_model(recipe, tiles).to(vae.device).eval()
     found: list[dict[str, Any]] = []
 
