@@ -150,8 +150,9 @@ def massive_in_words(massive: list[dict[str, Any]], inputs: str) -> str:
     """What the table of `massive_rows` shows."""
     fixed, blocks_with_it = Counter(massive[-1]["dim"]).most_common(1)[0]
     return (
-        "Mean |z| of the largest channel over that of the median channel (and which channel that is), per block, after "
-        f"so many steps of training: averaged weights, {inputs}. In the last snapshot, channel {fixed} is the largest "
+        "Mean |z| of the largest channel over that of the median channel (and which channel that is"
+        f"{', and its share of the energy' if 'energy' in massive[-1] else ''}), per block, after so many steps of "
+        f"training: averaged weights, {inputs}. In the last snapshot, channel {fixed} is the largest "
         f"in {blocks_with_it} of {len(massive[-1]['dim'])} blocks."
     )
 
@@ -159,10 +160,12 @@ def massive_in_words(massive: list[dict[str, Any]], inputs: str) -> str:
 def massive_rows(massive: list[dict[str, Any]]) -> Rows:
     """`measuring.largest_channels` as a table."""
     head = ("step", *(f"block {block}" for block in range(len(massive[-1]["ratio"]))))
-    return [head] + [
-        (f"{row['step']:,}", *(f"{r:.1f} ({d})" for r, d in zip(row["ratio"], row["dim"], strict=True)))
-        for row in massive
-    ]
+    rows: Rows = [head]
+    for row in massive:
+        energy = [f", {share:.0%}" for share in row["energy"]] if "energy" in row else [""] * len(row["dim"])
+        cells = zip(row["ratio"], row["dim"], energy, strict=True)
+        rows.append((f"{row['step']:,}", *(f"{ratio:.1f} ({dim}{share})" for ratio, dim, share in cells)))
+    return rows
 
 
 def guidance_rows(guidance: list[dict[str, float]]) -> Rows:

@@ -79,7 +79,8 @@ def largest_channels(
 
     Returns:
         One row per snapshot, in order of training: "step"; per block "ratio", the mean |z| of the largest channel over
-        that of the median channel; and "dim", which channel it is.
+        that of the median channel; "dim", which channel it is; and "energy", its share of the image tokens' energy (see
+        `Trace.energy_share`), which unlike the ratio does not depend on the width.
 
     Raises:
         LoadError: there is no snapshot, or one does not fit `model`.
@@ -97,7 +98,9 @@ def largest_channels(
         with record(transformer) as trace:
             passes()
         ratio, dim = channel_ratio(trace.mean_abs()).max(1)
-        rows.append({"step": step, "ratio": [round(r, 2) for r in ratio.tolist()], "dim": dim.tolist()})
+        energy = trace.energy_share().gather(1, dim[:, None])[:, 0]
+        rounded = {"ratio": [round(r, 2) for r in ratio.tolist()], "energy": [round(e, 3) for e in energy.tolist()]}
+        rows.append({"step": step, **rounded, "dim": dim.tolist()})
     return rows
 
 

@@ -396,6 +396,7 @@ def test_massive_ratios_of_planted_snapshots(recipe: dit.Recipe, fake_data: Any,
         magnitude = biases[row["step"]].abs().numpy()
         assert row["dim"] == [dim] * 3
         assert row["ratio"] == pytest.approx([magnitude.max() / np.median(magnitude)] * 3, abs=0.006)
+        assert row["energy"] == pytest.approx([magnitude[dim] ** 2 / (magnitude**2).sum()] * 3, abs=6e-4)
 
     save_file({"nonsense": torch.zeros(1)}, tmp_path / "step-200.safetensors")
     with pytest.raises(LoadError, match="step-200"):

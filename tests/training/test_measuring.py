@@ -247,6 +247,8 @@ def test_massive_ratios_of_planted_snapshots(name: str, tmp_path: Path) -> None:
         magnitude = (biases[row["step"]] + places).abs().mean(0).numpy()
         assert row["dim"] == [magnitude.argmax()] * len(row["dim"])
         assert row["ratio"] == pytest.approx([magnitude.max() / np.median(magnitude)] * len(row["dim"]), abs=0.006)
+        energy = (biases[row["step"]] + places).square().sum(0).numpy()
+        assert row["energy"] == pytest.approx([energy[magnitude.argmax()] / energy.sum()] * len(row["dim"]), abs=6e-4)
     assert rows[1]["dim"][0] == 4
 
     with pytest.raises(LoadError, match="no step-N"):
