@@ -512,6 +512,12 @@ def test_w_is_the_one_whose_sharpness_is_nearest_to_real() -> None:
     assert cards.sharpest_match(rows, 4.0)["w"] == 0.0
 
 
+def test_the_lowest_distance_above_zero_decides_w() -> None:
+    rows = [{"guidance_scale": 3.0, "w": w, "frechet": f} for w, f in ((0, 0.1), (0.2, 0.6), (0.5, 0.4), (1, 0.4))]
+    rows.append({"guidance_scale": 1.0, "w": 0.1, "frechet": 0.05})
+    assert cards.nearest_to_real(rows, 3.0)["w"] == 0.5
+
+
 # ------------------------------------------------------------------------------------------------ trainings of tiny-sd3
 
 
