@@ -5,11 +5,11 @@ with the transformer, by its loss alone. Fixed random encoders would be simpler,
 overlapping, directions in some 100 dimensions, which the transformer's linear projection of the text cannot take apart.
 """
 
-import json
+from collections import Counter
 from collections.abc import Iterable
+from itertools import pairwise
 from typing import Any
 
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -30,19 +30,41 @@ CHARACTERS = [chr(code) for code in range(33, 127) if not chr(code).isupper()]
 def clip_tokenizer(captions: Iterable[str]) -> CLIPTokenizer:
     """A byte-pair encoding in which every word of `captions` is one token, for texts of `LENGTH` tokens."""
     suffix, start, end = "</w>", "<|startoftext|>", "<|endoftext|>"
-    tokenizer = Tokenizer(models.BPE(end_of_word_suffix=suffix))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    trainer = trainers.BpeTrainer(
-        vocab_size=1_000_000,  # never reached: training ends when every word is whole
-        min_frequency=1,
-        end_of_word_suffix=suffix,
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(sorted(captions), trainer)
-    merges: list[Any] = [tuple(pair) for pair in json.loads(tokenizer.to_str())["model"]["merges"]]
+    merges: list[Any] = merges_of(captions, suffix)
     pieces = [*CHARACTERS, *(c + suffix for c in CHARACTERS), *(a + b for a, b in merges), start, end]
     vocabulary = {piece: index for index, piece in enumerate(dict.fromkeys(pieces))}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=LENGTH)
+
+
+def merges_of(captions: Iterable[str], suffix: str) -> list[tuple[str, str]]:
+    """The merges of a byte-pair encoding, the most frequent pair first, until every word of `captions` is whole.
+
+    Of equally frequent pairs the first in the alphabet is merged. The library `tokenizers` breaks ties by chance, so
+    that a training that is resumed would take its tokens for others.
+    """
+    counts = Counter(word for caption in captions for word in caption.split())
+    words = {word: (*word[:-1], word[-1] + suffix) for word in counts}
+    merges: list[tuple[str, str]] = []
+    while words := {word: pieces for word, pieces in words.items() if len(pieces) > 1}:
+        pairs: Counter[tuple[str, str]] = Counter()
+        for word, pieces in words.items():
+            for pair in pairwise(pieces):
+                pairs[pair] += counts[word]
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        words = {word: _merged(pieces, best) for word, pieces in words.items()}
+    return merges
+
+
+def _merged(pieces: tuple[str, ...], pair: tuple[str, str]) -> tuple[str, ...]:
+    """`pieces` with every occurrence of `pair`, from the left, as one."""
+    found: list[str] = []
+    for piece in pieces:
+        if found and (found[-1], piece) == pair:
+            found[-1] += piece
+        else:
+            found.append(piece)
+    return tuple(found)
 
 
 def t5_tokenizer(captions: Iterable[str]) -> T5Tokenizer:

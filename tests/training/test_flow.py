@@ -335,6 +335,17 @@ def test_every_known_word_is_one_token_in_any_combination() -> None:
         assert not set(unknown) & set(ids.values())
 
 
+def test_merges_depend_on_the_captions_alone() -> None:
+    """A resumed training, or a measurement in another process, has to make the same tokens."""
+    assert text.merges_of(["cd ab", "ab"], "/") == [("a", "b/"), ("c", "d/")]
+    assert text.merges_of(["ba ab"], "/") == [("a", "b/"), ("b", "a/")]  # a tie: by the alphabet
+    assert text.merges_of(["aaaa"], "/") == [("a", "a"), ("a", "a/"), ("aa", "aa/")]
+    rng = np.random.default_rng(0)
+    expected = text.merges_of(WORDS, "</w>")
+    for _ in range(5):
+        assert text.merges_of(rng.permutation(WORDS).tolist(), "</w>") == expected
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_training_embeds_text_as_the_pipeline_does(name: str) -> None:
     model = trained_like(name)
