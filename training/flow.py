@@ -39,6 +39,7 @@ class Recipe:
 
     Attributes:
         family: a key of `FAMILIES`: the name of the file, or of its base.
+        text_rate: the learning rate of the text encoders over that of the transformer.
     """
 
     family: str
@@ -47,6 +48,7 @@ class Recipe:
     schedule: Schedule
     caption_dropout: float
     snapshots: tuple[int, ...]
+    text_rate: float = 1.0
 
     @classmethod
     def read(cls, path: Path) -> "Recipe":
@@ -59,6 +61,7 @@ class Recipe:
             Schedule(**raw["schedule"]),
             raw["caption_dropout"],
             tuple(raw["snapshots"]),
+            raw.get("text_rate", 1.0),
         )
 
 
@@ -222,7 +225,8 @@ def train_model(recipe: Recipe, model: TextToImage, vae: AutoencoderKL, tiles: T
         condition = torch.where(dropped[:, None, None], no_text, tokens[rows])
         return F.mse_loss(model(noisy, sigma, condition), velocity)
 
-    train(model, loss, schedule, folder, snapshots=recipe.snapshots)
+    rates = {"text_encoders": recipe.text_rate}
+    train(model, loss, schedule, folder, snapshots=recipe.snapshots, rates=rates)
     return model
 
 

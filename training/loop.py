@@ -6,9 +6,10 @@ import math
 import os
 import time
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -76,8 +77,11 @@ def train(
     *,
     save_every: int = 500,
     snapshots: tuple[int, ...] = (),
+    rates: Mapping[str, float] = MappingProxyType({}),
 ) -> nn.Module:
     """Train `model` and return it with its averaged weights.
+
+    `rates`: for parts of the model, by name, what their learning rate is of that of the rest.
 
     The batch and the noise of step s come from a generator seeded by (seed, s) alone, so a resumed run sees what an
     uninterrupted one would (bitwise equal weights on the same device with as many threads). `folder` receives
@@ -86,7 +90,8 @@ def train(
     """
     folder.mkdir(parents=True, exist_ok=True)
     average = {name: p.detach().clone() for name, p in model.named_parameters()}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=schedule.lr, betas=(0.9, schedule.beta2), weight_decay=0.0)
+    groups = _groups(model, rates)
+    optimizer = torch.optim.AdamW(groups, lr=schedule.lr, betas=(0.9, schedule.beta2), weight_decay=0.0)
     checkpoint = folder / "checkpoint.safetensors"
     done = _restore(checkpoint, model, average, optimizer) if checkpoint.exists() else 0
     log = folder / "loss.csv"
@@ -97,7 +102,7 @@ def train(
     for step in range(done, schedule.steps):
         generator = torch.Generator().manual_seed(schedule.seed * 1_000_003 + step)
         for group in optimizer.param_groups:
-            group["lr"] = schedule.lr_at(step)
+            group["lr"] = schedule.lr_at(step) * group["rate"]
         loss = loss_of_step(generator)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -123,6 +128,17 @@ def train(
             parameter.copy_(average[name])
     _write_record(model, schedule, folder)
     return model.eval()
+
+
+def _groups(model: nn.Module, rates: Mapping[str, float]) -> list[dict[str, Any]]:
+    """The optimiser's groups: the parameters in their order, apart where the rate changes."""
+    groups: list[dict[str, Any]] = []
+    for name, parameter in model.named_parameters():
+        rate = next((factor for part, factor in rates.items() if name.startswith(f"{part}.")), 1.0)
+        if not groups or groups[-1]["rate"] != rate:
+            groups.append({"params": [], "rate": rate})
+        groups[-1]["params"].append(parameter)
+    return groups
 
 
 def _state(

@@ -30,7 +30,7 @@ HALF_BATCH = {"batch": 32, "steps": 2 * STEPS}
 """As many images in smaller batches."""
 
 VARIATIONS: dict[str, tuple[dict[str, Any], ...]] = {
-    "tiny-sd3": ({"width": 128}, HALF_BATCH, {"beta2": 0.95}),
+    "tiny-sd3": ({"width": 128}, HALF_BATCH, {"beta2": 0.95}, HALF_BATCH | {"text_lr": 1e-3}),
     "tiny-dit": (HALF_BATCH, {"beta2": 0.95}),
     "tiny-flux": (HALF_BATCH, {"beta2": 0.95}),
 }
@@ -47,6 +47,7 @@ class Trial:
         batch: images per step.
         beta2: Adam's.
         steps: of the whole schedule.
+        text_lr: peak learning rate of the text encoders; 0 for that of the transformer.
     """
 
     model: str
@@ -55,11 +56,13 @@ class Trial:
     batch: int = 64
     beta2: float = 0.999
     steps: int = STEPS
+    text_lr: float = 0.0
 
     @property
     def name(self) -> str:
         """The folder of the training."""
-        return f"{self.model}-lr{self.lr:g}-w{self.width}-b{self.batch}-beta{self.beta2:g}-{self.steps}"
+        text = f"-text{self.text_lr:g}" if self.text_lr else ""
+        return f"{self.model}-lr{self.lr:g}-w{self.width}-b{self.batch}-beta{self.beta2:g}-{self.steps}{text}"
 
 
 def search(model: str, folder: Path) -> list[dict[str, Any]]:
@@ -88,7 +91,7 @@ def _row(trial: Trial, folder: Path) -> dict[str, Any]:
     """The row of one trial: from `FILE`, or measured now and added there."""
     settings = asdict(trial)
     for row in known():
-        if row.items() >= settings.items():
+        if ({"text_lr": 0.0} | row).items() >= settings.items():  # which the first rows do not name
             return row
     row = settings | (_dit if trial.model == "tiny-dit" else _text_to_image)(trial, folder / trial.name)
     write_whole(FILE, json.dumps([*known(), row], indent=1) + "\n")
@@ -107,7 +110,9 @@ def _text_to_image(trial: Trial, folder: Path) -> dict[str, Any]:
     transformer = recipe.transformer | {"num_attention_heads": trial.width // HEAD}
     if "caption_projection_dim" in transformer:
         transformer["caption_projection_dim"] = trial.width
-    recipe = replace(recipe, transformer=transformer, schedule=_schedule(trial, recipe.schedule), snapshots=())
+    text_rate = trial.text_lr / trial.lr if trial.text_lr else 1.0
+    schedule = _schedule(trial, recipe.schedule)
+    recipe = replace(recipe, transformer=transformer, schedule=schedule, snapshots=(), text_rate=text_rate)
     tiles, vae = Tiles.load(), AutoencoderKL.from_pretrained(DATA / "models" / trial.model / "vae").float()
     network = flow.build_model(recipe, tiles)
     flow.train_model(recipe, network, vae, tiles, folder)

@@ -15,7 +15,7 @@ def trials() -> str:
     lines = [
         (
             code(row["model"]),
-            f"{row['lr']:g}",
+            f"{row['lr']:g}" + (f", text encoders {text:g}" if (text := row.get("text_lr")) else ""),
             str(row["width"]),
             str(row["batch"]),
             f"{row['beta2']:g}",

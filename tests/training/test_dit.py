@@ -63,6 +63,21 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return result
 
 
+def test_a_part_of_the_model_has_a_rate_of_its_own(tmp_path: Path) -> None:
+    """Adam's first step moves every weight by the learning rate, whatever the gradient's size."""
+    model = nn.ModuleDict({"text": nn.Linear(3, 2), "rest": nn.Linear(3, 2), "text_too": nn.Linear(3, 2)})
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    schedule = loop.Schedule(steps=1, batch=1, lr=0.25, warmup=1)
+
+    def loss(generator: torch.Generator) -> Tensor:
+        return sum(part(torch.ones(1, 3)).sum() for part in model.values())  # type: ignore[return-value]
+
+    loop.train(model, loss, schedule, tmp_path, rates={"text": 0.5})
+    for name, parameter in model.named_parameters():
+        rate = 0.125 if name.startswith("text.") else 0.25
+        assert torch.allclose(before[name] - parameter, torch.full_like(parameter, rate), atol=1e-4)
+
+
 @settings(max_examples=25, deadline=None)
 @given(kills=st.lists(st.integers(0, 9), max_size=4), torn=st.sampled_from(["", "1", "12,0.1", "2,0.123456,0.1\n"]))
 def test_a_killed_training_resumes_to_the_same_weights_and_losses(

@@ -30,11 +30,12 @@ def tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[search.Trial]
 
 def test_the_loss_chooses_the_rate_at_which_the_rest_is_tried(tried: list[search.Trial], tmp_path: Path) -> None:
     search.search("tiny-sd3", tmp_path)
-    assert [trial.lr for trial in tried] == [1e-3, 2e-3, 3e-3, 6e-3, 2e-3, 2e-3, 2e-3]
-    wide, half, beta = tried[4:]
+    assert [trial.lr for trial in tried] == [1e-3, 2e-3, 3e-3, 6e-3, 2e-3, 2e-3, 2e-3, 2e-3]
+    wide, half, beta, text = tried[4:]
     assert (wide.width, wide.batch, wide.beta2, wide.steps) == (128, 64, 0.999, 600)
     assert (half.width, half.batch, half.beta2, half.steps) == (96, 32, 0.999, 1200)
     assert (beta.width, beta.batch, beta.beta2, beta.steps) == (96, 64, 0.95, 600)
+    assert (text.width, text.batch, text.steps, text.text_lr) == (96, 32, 1200, 1e-3)
 
 
 def test_a_trial_is_run_once(tried: list[search.Trial], tmp_path: Path) -> None:
