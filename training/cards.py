@@ -177,16 +177,6 @@ def guidance_rows(guidance: list[dict[str, float]]) -> Rows:
     return rows
 
 
-def nearest_to_real(guidance: list[dict[str, float]], guidance_scale: float) -> dict[str, float]:
-    """The row of one guidance scale, apart from w = 0, whose samples have the lowest distance to real images.
-
-    Its w is the preset's: chosen by distance on samples used for nothing else, and shown beside w = 0, because the
-    chapters show what Detail Guidance does also on a model that it does not help.
-    """
-    rows = [row for row in guidance if row["guidance_scale"] == guidance_scale and row["w"] > 0]
-    return min(rows, key=lambda row: (row["frechet"], row["w"]))
-
-
 def sharpest_match(guidance: list[dict[str, float]], guidance_scale: float) -> dict[str, float]:
     """The row of `measuring.calibrate_guidance` at this guidance scale whose images are about as sharp as real ones."""
     of_scale = [row for row in guidance if row["guidance_scale"] == guidance_scale]
@@ -243,7 +233,7 @@ TEMPLATES.globals |= {
     function.__name__: function
     for function in (
         at_scale, by_class, guidance_rows, interval, limits, loss_rows, massive_in_words, massive_rows, matching_rows,
-        memorisation_in_words, memorisation_rows, nearest_to_real, networks, sharpest_match, table, verdict,
+        memorisation_in_words, memorisation_rows, networks, sharpest_match, table, verdict,
     )
 } | {
     "json": json.dumps,

@@ -1,9 +1,9 @@
-"""How much do trainings of `tiny-sd3` differ, and would a longer or wider one have larger massive activations?
+"""How much do trainings of `tiny-sd3` differ, and would a longer, wider or faster one have larger massive activations?
 
-Beside the shipped training: `tiny-sd3-first`, by the recipe from before the search, and from there `tiny-sd3-long`, its
-schedule repeated from where it ended (its first half is `tiny-sd3-first`, to the bit), and `tiny-sd3-wide`, with a
-third more channels. What was measured of them is in `data/ladder`; the weights are not kept. To train and measure one
-again, and to repeat the reference runs on it:
+Beside the shipped training: `tiny-sd3-long` repeats its schedule from where it ended (its first half is `tiny-sd3`, to
+the bit), `tiny-sd3-wide` has a third more channels, and `tiny-sd3-fast` has the rate and the batch of the lowest loss
+in the search. What was measured of them is in `data/ladder`; the weights are not kept here (those of `tiny-sd3-fast`
+are in the history, at the commit of its runs). To train and measure one again, and to repeat the reference runs on it:
 
     python -m training train tiny-sd3-long && python -m training measure tiny-sd3-long
     cp -r _build/training/tiny-sd3-long/model tiny-sd3-long

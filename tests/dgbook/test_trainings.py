@@ -23,21 +23,21 @@ def planted(folder: Path, name: str, width: int, schedule: dict[str, float], rat
 def test_trainings_are_compared_at_equal_numbers_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainings, "FOLDER", tmp_path)
     small, large = {"steps": 40, "batch": 32, "lr": 6e-3}, {"steps": 20, "batch": 64, "lr": 1e-3}
-    planted(tmp_path, "tiny-sd3", 96, small, {20: [4.0, 8.5], 40: [9.5, 9.0]})
-    planted(tmp_path, "tiny-sd3-first", 96, large, {20: [3.0, 2.0]})
+    planted(tmp_path, "tiny-sd3", 96, large, {20: [3.0, 2.0]})
     planted(tmp_path, "tiny-sd3-long", 96, large, {20: [3.0, 2.0], 40: [3.5, 2.0]})
-    with pytest.raises(DgkitError, match="^not measured: tiny-sd3-wide"):
-        trainings.trainings()
     planted(tmp_path, "tiny-sd3-wide", 128, large, {10: [3.0, 12.0]})
+    with pytest.raises(DgkitError, match="^not measured: tiny-sd3-fast"):
+        trainings.trainings()
+    planted(tmp_path, "tiny-sd3-fast", 96, small, {20: [4.0, 8.5], 40: [9.5, 9.0]})
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in trainings.growth().splitlines()]
-    assert lines[0] == ["images", "`tiny-sd3`", "`tiny-sd3-long`", "`tiny-sd3-wide`"]
+    assert lines[0] == ["images", "`tiny-sd3-long`", "`tiny-sd3-wide`", "`tiny-sd3-fast`"]
     assert lines[2:] == [
-        ["640", "8.5 [8.4, 8.7]", "", "12.0 [11.9, 12.2]"],
-        ["1,280", "9.5 [9.4, 9.7]", "3.0 [2.9, 3.2]", ""],
-        ["2,560", "", "3.5 [3.4, 3.7]", ""],
+        ["640", "", "12.0 [11.9, 12.2]", "8.5 [8.4, 8.7]"],
+        ["1,280", "3.0 [2.9, 3.2]", "", "9.5 [9.4, 9.7]"],
+        ["2,560", "3.5 [3.4, 3.7]", "", ""],
     ]
-    first = trainings.trainings().splitlines()[2]
-    assert [cell.strip() for cell in first.strip("|").split("|")] == [
-        "`tiny-sd3`", "96", "40 of 32", "0.006", "40.500", "10.000", "9.5 [9.4, 9.7] (block 0, channel 7)",
+    last = trainings.trainings().splitlines()[-1]
+    assert [cell.strip() for cell in last.strip("|").split("|")] == [
+        "`tiny-sd3-fast`", "96", "40 of 32", "0.006", "40.500", "10.000", "9.5 [9.4, 9.7] (block 0, channel 7)",
         "87.5% [75.0%, 100.0%]", "25.0% [12.5%, 50.0%]",
     ]  # fmt: skip

@@ -317,14 +317,6 @@ def test_the_shipped_models_w_is_that_of_its_calibration() -> None:
         assert min(of_scale, key=lambda row: abs(row["sharpness_of_real"] - 1))["w"] == w
 
 
-def test_the_w_of_tiny_sd3_is_the_nearest_to_real_tiles_of_its_calibration() -> None:
-    preset = zoo.MODELS["tiny-sd3"].preset
-    rows = json.loads((DATA / "models" / "tiny-sd3" / "quality.json").read_text())["guidance"]
-    for scale, w in ((1.0, preset.scale), (preset.guidance_scale, preset.scale_with_cfg)):
-        of_scale = [row for row in rows if row["guidance_scale"] == scale and row["w"] > 0]
-        assert min(of_scale, key=lambda row: row["frechet"])["w"] == w
-
-
 @pytest.mark.parametrize("name", zoo.MODELS)
 def test_rows_name_what_exists(name: str) -> None:
     row = zoo.MODELS[name]

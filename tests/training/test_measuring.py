@@ -512,28 +512,27 @@ def test_w_is_the_one_whose_sharpness_is_nearest_to_real() -> None:
     assert cards.sharpest_match(rows, 4.0)["w"] == 0.0
 
 
-def test_the_lowest_distance_above_zero_decides_w() -> None:
-    rows = [{"guidance_scale": 3.0, "w": w, "frechet": f} for w, f in ((0, 0.1), (0.2, 0.6), (0.5, 0.4), (1, 0.4))]
-    rows.append({"guidance_scale": 1.0, "w": 0.1, "frechet": 0.05})
-    assert cards.nearest_to_real(rows, 3.0)["w"] == 0.5
-
-
 # ------------------------------------------------------------------------------------------------ trainings of tiny-sd3
 
 
-def test_the_longer_and_the_wider_training_are_the_first_but_for_one_thing() -> None:
+def test_the_other_trainings_are_tiny_sd3_but_for_one_thing() -> None:
     folder = Path(flow.__file__).parent
-    long, wide, first = (flow.Recipe.read(folder / f"tiny-sd3-{name}.toml") for name in ("long", "wide", "first"))
-    assert dataclasses.replace(long, schedule=first.schedule, snapshots=first.snapshots) == first
+    long, wide, fast, base = (
+        flow.Recipe.read(folder / f"tiny-sd3{name}.toml") for name in ("-long", "-wide", "-fast", "")
+    )
+    assert dataclasses.replace(long, schedule=base.schedule, snapshots=base.snapshots) == base
+    assert dataclasses.replace(fast, schedule=base.schedule, snapshots=base.snapshots) == base
     width = {"num_attention_heads": 3, "caption_projection_dim": 96}
-    assert dataclasses.replace(wide, schedule=first.schedule, transformer=wide.transformer | width) == first
+    assert dataclasses.replace(wide, schedule=base.schedule, transformer=wide.transformer | width) == base
     for other in (long, wide):
-        same = {"steps": first.schedule.steps, "decay_steps": 0}
-        assert dataclasses.replace(other.schedule, **same) == first.schedule
-        for step in range(min(other.schedule.steps, first.schedule.steps)):
-            assert other.schedule.lr_at(step) == first.schedule.lr_at(step)
-    assert set(first.snapshots) < set(long.snapshots) and long.snapshots[-1] == long.schedule.steps
-    assert wide.schedule.steps in first.snapshots
+        same = {"steps": base.schedule.steps, "decay_steps": 0}
+        assert dataclasses.replace(other.schedule, **same) == base.schedule
+        for step in range(min(other.schedule.steps, base.schedule.steps)):
+            assert other.schedule.lr_at(step) == base.schedule.lr_at(step)
+    assert dataclasses.replace(fast.schedule, steps=5000, batch=64, lr=1e-3) == base.schedule
+    assert fast.schedule.steps * fast.schedule.batch == base.schedule.steps * base.schedule.batch
+    assert set(base.snapshots) < set(long.snapshots) and long.snapshots[-1] == long.schedule.steps
+    assert wide.schedule.steps in base.snapshots
 
 
 @pytest.mark.parametrize("run", ["tiny-sd3"], indirect=True)
@@ -542,7 +541,7 @@ def test_a_training_is_measured(run: Path, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(trainings, "unseen_combinations", text_quality.unseen_combinations)
     monkeypatch.setattr(trainings, "load_matcher", text_quality.load_matcher)
     monkeypatch.setattr(ladder, "RESAMPLES", 50)
-    with pytest.raises(DgkitError, match="a training's folder is called tiny-sd3 or tiny-sd3-first or"):
+    with pytest.raises(DgkitError, match="a training's folder is called tiny-sd3 or tiny-sd3-long or"):
         trainings.measure_training(run.rename(tmp_path / "another"))
     run = (tmp_path / "another").rename(tmp_path / "tiny-sd3-long")
     measured = trainings.measure_training(run)
@@ -590,20 +589,19 @@ def test_what_is_kept_of_the_trainings_is_of_their_recipes() -> None:
     for name, measured in measurements().items():
         recipe = flow.Recipe.read(Path(flow.__file__).parent / f"{name}.toml")
         measured["recipe"]["schedule"].setdefault("beta2", 0.999)  # AdamW's own, where the recipe had no other
+        measured["recipe"].setdefault("text_rate", 1.0)
         assert measured["recipe"] == json.loads(json.dumps(dataclasses.asdict(recipe)))
         assert measured["training"]["steps"] == recipe.schedule.steps
         steps = [step for step in recipe.snapshots if step <= recipe.schedule.steps]
         assert [row["step"] for row in measured["history"]] == steps
         kept = [FOLDER / f"{name}{end}" for end in (".json", ".png") if name != SHIPPED or end == ".json"]
         assert all(file.stat().st_size < 200_000 for file in kept)
-    assert [measured["width"] for measured in measurements().values()] == [96, 96, 96, 128]
+    assert [measured["width"] for measured in measurements().values()] == [96, 96, 128, 96]
 
 
-def test_the_first_tiny_sd3_is_the_first_half_of_the_longer_training() -> None:
+def test_the_shipped_tiny_sd3_is_the_first_half_of_the_longer_training() -> None:
     found = measurements()
-    assert found["tiny-sd3-first"]["history"] == [
-        row for row in found["tiny-sd3-long"]["history"] if row["step"] <= 5000
-    ]
+    assert found[SHIPPED]["history"] == [row for row in found["tiny-sd3-long"]["history"] if row["step"] <= 5000]
 
 
 def test_the_card_of_the_shipped_tiny_sd3_agrees_with_its_row() -> None:
