@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dgkit.anatomy import dissect
     from dgkit.disruption import Frames, disrupt
+    from dgkit.errors import DataError, DgkitError, LoadError, ModelError
     from dgkit.gates import gate_agreement, residual_gates
     from dgkit.guidance.calibrate import calibrate
     from dgkit.guidance.guide import detail_guidance, guide
@@ -16,8 +17,12 @@ if TYPE_CHECKING:
 
 # imported on first use: torch and diffusers take seconds, and `dgkit --help` needs neither
 _HOMES = {
+    "DataError": "errors",
     "DetailGuidance": "guidance.modular",
+    "DgkitError": "errors",
     "Frames": "disruption",
+    "LoadError": "errors",
+    "ModelError": "errors",
     "calibrate": "guidance",
     "detail_guidance": "guidance",
     "detect_massive": "massive",
@@ -31,8 +36,12 @@ _HOMES = {
 }
 
 __all__ = [
+    "DataError",
     "DetailGuidance",
+    "DgkitError",
     "Frames",
+    "LoadError",
+    "ModelError",
     "calibrate",
     "detail_guidance",
     "detect_massive",

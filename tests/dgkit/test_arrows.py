@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+import dgkit
+
 LIBRARY = Path(__file__).parents[2] / "dgkit"
 ABOVE = {"dgbook", "training", "benchmarks", "tests"}
 
@@ -36,3 +38,11 @@ def test_importing_the_library_loads_nothing_above_it_and_nothing_large() -> Non
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())
     assert "dgkit" in loaded and not loaded & (ABOVE | {"torch", "diffusers", "pandas"})
+
+
+def test_every_name_of_the_package_is_there_and_errors_can_be_caught() -> None:
+    assert all(getattr(dgkit, name) is not None for name in dgkit.__all__)
+    with pytest.raises(dgkit.DgkitError, match="expected a diffusers pipeline"):
+        dgkit.dissect(3)
+    for error in (dgkit.DataError, dgkit.LoadError, dgkit.ModelError):
+        assert issubclass(error, dgkit.DgkitError) and issubclass(error, ValueError)
