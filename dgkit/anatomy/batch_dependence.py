@@ -10,8 +10,10 @@ from dgkit.errors import ModelError
 _ELSEWHERE = "give each process a pipeline of its own and a part of the prompts, as `dgkit generate` does"
 
 
-def refuse_parallel(model: nn.Module) -> None:
+def refuse_parallel(model: nn.Module, *, scan: bool = True) -> None:
     """One transformer on several devices at once: a wrapper hides its class and its rows, ranks hold parts of tokens.
+
+    Without `scan` only the model's own word is taken, which costs nothing in each step.
 
     Raises:
         ModelError: it is wrapped, sharded (FSDP, tensor parallel), or runs by diffusers' `enable_parallelism`.
@@ -23,7 +25,7 @@ def refuse_parallel(model: nn.Module) -> None:
         )
     if isinstance(model, DataParallel | DistributedDataParallel):
         raise ModelError(f"the transformer is wrapped by {type(model).__name__}: use its `.module`, and {_ELSEWHERE}")
-    parts = [*model.modules(), *model.parameters()]
+    parts = [*model.modules(), *model.parameters()] if scan else []
     if any(type(part).__name__ in ("FullyShardedDataParallel", "DTensor") for part in parts):
         raise ModelError(f"the transformer is sharded by FSDP or tensor parallelism: load it without, and {_ELSEWHERE}")
 

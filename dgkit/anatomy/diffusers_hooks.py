@@ -15,9 +15,14 @@ def _diffusers_hooks(module: nn.Module) -> dict[str, Any]:
     return registry.hooks if registry else {}
 
 
-def refuse_caches(model: nn.Module) -> None:
-    """diffusers' caches (`enable_cache`) keep what blocks put out from call to call, and would mix up the branches."""
-    if any(hook._is_stateful for module in model.modules() for hook in _diffusers_hooks(module).values()):
+def refuse_caches(model: nn.Module, *, scan: bool = True) -> None:
+    """diffusers' caches (`enable_cache`) keep what blocks put out from call to call, and would mix up the branches.
+
+    Without `scan` only the model's own word is taken, which costs nothing in each step.
+    """
+    cached = getattr(model, "_cache_config", None) is not None
+    hooks = (hook for module in model.modules() for hook in _diffusers_hooks(module).values())
+    if cached or (scan and any(hook._is_stateful for hook in hooks)):
         raise ModelError(
             "the transformer has one of diffusers' caches, which take the passes of guidance for sampling steps: call "
             "`transformer.disable_cache()`, and use `Reuse` to skip passes"

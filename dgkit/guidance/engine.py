@@ -118,6 +118,7 @@ class Engine:
         self._taps: dict[tuple[str, int], Callable[[], None]] = {}
         self._lock = threading.Lock()  # of `cost` and `_taps`
         self._now = _UnderWay()
+        self._rows_independent = False  # whether it was looked at in this run and found so
 
     def forget(self) -> None:
         """Drop the call under way, of which an exception may have left something."""
@@ -147,10 +148,14 @@ class Engine:
                 activations quantised by a scale of the whole batch where the branch has other rows.
         """
         self.forget()
-        refuse_caches(self.anatomy.model)
-        refuse_parallel(self.anatomy.model)
-        if branches and (self.sharing == "fork" or len(call.rows(COND)) < call.batch):
+        first = call.made == 0  # of a run; to look through all modules in every step would cost more than small blocks
+        refuse_caches(self.anatomy.model, scan=first)
+        refuse_parallel(self.anatomy.model, scan=first)
+        other_rows = self.sharing == "fork" or len(call.rows(COND)) < call.batch
+        self._rows_independent = self._rows_independent and not first
+        if branches and other_rows and not self._rows_independent:
             refuse_scales_of_batch(self.anatomy.model)
+            self._rows_independent = True
         if torch.is_grad_enabled() and getattr(self.anatomy.model, "gradient_checkpointing", False):
             raise ModelError(
                 "gradient checkpointing runs blocks again in the backward pass, where they are not guided: use "

@@ -238,7 +238,7 @@ class DetailGuidance(BaseGuidance):
 
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             call = Call.of(engine.anatomy, args, kwargs)
-            call.labels = (label,) * call.batch
+            call.labels, call.made = (label,) * call.batch, self._step or 0
             if any(call.arguments.get(name) is not None for name in ("kv_cache", "kv_caches")):
                 raise ModelError(
                     "the pipeline keeps keys and values of its blocks from step to step, which the pass for c_m would "
