@@ -93,8 +93,9 @@ class Runs(Generic[State]):
         self._lock = threading.Lock()
 
     def of(self, loop: Loop | None) -> State:
-        """What belongs to the run of `loop`, or to all calls without one."""
-        run, schedule = (0, None) if loop is None else (loop.run, loop.pipe.scheduler.timesteps)
+        """What belongs to the run of `loop`, or to all calls of this thread without one."""
+        by_hand = -threading.get_ident()  # frames have positive numbers
+        run, schedule = (by_hand, None) if loop is None else (loop.run, loop.pipe.scheduler.timesteps)
         with self._lock:
             known = self._known.get(run)
             if known is None or known[1] is not schedule:
@@ -108,11 +109,11 @@ class Runs(Generic[State]):
 
     def _forget_ended(self) -> None:
         """Runs of this thread whose frame is no longer on its stack have ended."""
-        alive, frame = {0}, inspect.currentframe()
+        here, frame = threading.get_ident(), inspect.currentframe()
+        alive = {-here}
         while frame is not None:
             alive.add(id(frame))
             frame = frame.f_back
-        here = threading.get_ident()
         self._known = {run: known for run, known in self._known.items() if known[0] != here or run in alive}
 
 

@@ -1,5 +1,6 @@
 """Transformers outside diffusers: built as facebookresearch's DiT, trained by somebody else, or of any other kind."""
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 import dgkit
 from dgkit.anatomy import Stack, Transformer, output
 from dgkit.errors import DgkitError, ModelError
+from dgkit.guidance import Reuse
 from tests import external_dit
 
 WIDTH, DEPTH = 32, 4
@@ -138,6 +140,35 @@ def test_cfg_inside_the_model(sharing: str) -> None:
     assert set(trace.labels) == {"cond", "uncond", "degraded"}
     assert guidance.cost.block_evaluations == 4 * DEPTH + 2 * (DEPTH - (0 if sharing == "none" else BLOCK + 1))
     assert torch.equal(model.forward_with_cfg(*call, S), plain)
+
+
+def test_threads_with_loops_of_their_own_do_not_mix() -> None:
+    """A direction kept for later steps is that of the thread's own loop."""
+    model, ready = research(), threading.Barrier(2)
+    loops = [noisy(2), tuple(part.flip(0) if part.ndim > 1 else part for part in noisy(2))]
+    options = {"scale": W, "block": BLOCK, "dims": DIMS, "reuse": Reuse(2)}
+
+    def steps(call: Any, together: bool) -> list[Tensor]:
+        found = []
+        for _ in range(4):
+            if together:
+                ready.wait(timeout=60)
+            found.append(model(*call))
+        return found
+
+    expected = []
+    for call in loops:
+        with dgkit.detail_guidance(model, **options):
+            expected.append(steps(call, False))
+    found: dict[int, list[Tensor]] = {}
+    with dgkit.detail_guidance(model, **options):
+        threads = [threading.Thread(target=lambda i=i: found.update({i: steps(loops[i], True)})) for i in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert all(torch.equal(a, b) for i in range(2) for a, b in zip(found[i], expected[i], strict=True))
+    assert not torch.equal(expected[0][0], expected[1][0])
 
 
 def test_record_and_gates_of_the_research_design() -> None:
