@@ -4,13 +4,14 @@ import json
 
 from dgbook.markdown import code, table
 from dgkit.paths import DATA
+from dgkit.zoo import MODELS
 
 FILE = DATA / "ladder" / "search.json"
 
 
 def trials() -> str:
     """A row per trial; the lowest loss of each model in bold."""
-    rows = json.loads(FILE.read_text())
+    rows = sorted(json.loads(FILE.read_text()), key=lambda row: list(MODELS).index(row["model"]))
     lowest = {row["model"]: min(r["loss"] for r in rows if r["model"] == row["model"]) for row in rows}
     lines = [
         (
