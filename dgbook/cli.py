@@ -161,7 +161,7 @@ def _results_accept(arguments: argparse.Namespace) -> int:
     new, accepted = paths.results_dir(), results.ACCEPTED
     if arguments.reference:
         new, accepted = paths.build_dir() / "reference", results.REFERENCE
-    for path in acceptance.accept(new, accepted):
+    for path in acceptance.accept(new, accepted, arrays=arguments.reference):
         print(path)
     return 0
 

@@ -94,7 +94,7 @@ MODELS: dict[str, Model] = {
     ),
     "tiny-flux": Model(
         None, "FluxPipeline", "FluxTransformer2DModel", 8, 96, "MIT", 0.01,
-        Preset(2, (79, 59), 1.0, 1.0, 2.0, 20, "dims by detect_massive; w as SD3's: none in its card helps"),
+        Preset(2, (79, 59), 0.02, 0.02, 2.0, 20, "dims by detect_massive, w by the calibration in the model card"),
         data="dungeon-tiles", call={"max_sequence_length": 16, "height": 32, "width": 32}, side=32, tokens=64 + 16,
     ),
     # text tokens that the pipelines make by default: 77 of CLIP and 256 of T5, in Flux 512 of T5

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 from dgbook.measures.classifier import load_classifier
 from dgbook.measures.datasets import as_samples, fashion_mnist
 from dgbook.measures.matcher import load_matcher
-from dgbook.measures.spectrum import sharpness
+from dgbook.measures.spectrum import radial_power_spectrum, sharpness
 from dgkit.paths import DATA
 from training.tiles import Tiles
 
@@ -39,16 +39,19 @@ def statistics(judge: torch.nn.Module, train: torch.Tensor, test: torch.Tensor) 
 
     Returns:
         "mean" (F,) and "covariance" (F, F) of the judge's features over `train`; "sample", the features of `test`
-        (float16), against which precision and recall are measured; "sharpness", the mean of `spectrum.sharpness` over
-        `train`.
+        (float16), against which precision and recall are measured; over `train` the means of `spectrum.sharpness`,
+        "sharpness", and of `spectrum.radial_power_spectrum`, "spectrum".
     """
     features = judge.features(train).double().numpy()  # type: ignore[operator]
-    sharp = np.concatenate([sharpness(part.numpy()) for part in train.split(5000)])  # bounded memory
+    parts = [part.numpy() for part in train.split(5000)]  # bounded memory
+    sharp = np.concatenate([sharpness(part) for part in parts])
+    power = np.concatenate([radial_power_spectrum(part)[0] for part in parts])
     return {
         "mean": features.mean(0).astype(np.float32),
         "covariance": np.cov(features, rowvar=False).astype(np.float32),
         "sample": judge.features(test).numpy().astype(np.float16),  # type: ignore[operator]
         "sharpness": np.array(sharp.mean(), np.float32),
+        "spectrum": power.mean(0).astype(np.float32),
     }
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 from scipy.stats import spearmanr
 
 from dgbook.chapters import study
-from dgbook.chapters.intervention import contrast, image_effects, summarise
+from dgbook.chapters.intervention import contrast, image_effects, image_measures, summarise
 from dgbook.chapters.sampling import Images
 from dgbook.chapters.settings import Outcome, Setting, with_dg
 from dgbook.measures.judges import Judge
@@ -71,7 +71,7 @@ def sweep(outcomes: Mapping[Any, Outcome], baseline: Images, judge: Judge | None
     """
     rows = []
     for key, guided in outcomes.items():
-        effects = image_effects({"baseline": baseline, "guided": guided.images}, "baseline", judge)
+        effects = image_effects(image_measures({"baseline": baseline, "guided": guided.images}, "baseline", judge))
         measured = summarise(effects[effects["setting"] == "guided"])["guided"]
         if judge is not None:
             measured["agreement_change"] = contrast(effects, "guided", "baseline", "agreement")

@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from dgbook.chapters.guidance import frechet_change
 from dgbook.chapters.sampling import Images, Samples, samples
 from dgbook.chapters.settings import Outcome, Setting, sample, with_dg, worse_copy
 from dgbook.claims.names import label
@@ -145,7 +144,7 @@ def comparison_values(compared: Mapping[str, Outcome], judge: Judge | None) -> d
     """
     base = compared[BASELINE].images
     sharp = sharpness(base).mean()
-    base_features = judge.features(base) if judge is not None and len(base) >= ENOUGH_FOR_FRECHET else None
+    distances = _frechet(judge, base) if judge is not None and len(base) >= ENOUGH_FOR_FRECHET else None
     methods: dict[str, dict[str, Any]] = {}
     for name, outcome in compared.items():
         measured = methods[name] = {
@@ -157,11 +156,16 @@ def comparison_values(compared: Mapping[str, Outcome], judge: Judge | None) -> d
         if judge is not None:
             right = judge.agreement(outcome.images)
             measured["agreement"] = stats.wilson(right.sum(), len(right))
-        if judge is not None and base_features is not None:
-            features = judge.features(outcome.images)
-            measured["frechet"] = judge.frechet(features)
-            measured["frechet_change"] = frechet_change(judge, features, base_features)
+        if judge is not None and distances is not None:
+            own = _frechet(judge, outcome.images)
+            measured["frechet"] = own.mean()
+            measured["frechet_change"] = stats.paired_bootstrap(own, distances)
     return {"methods": methods}
+
+
+def _frechet(judge: Judge, images: Images) -> NDArray[np.float64]:
+    """What each image adds to the Frechet distance, (N,)."""
+    return judge.frechet_contributions(judge.features(images))
 
 
 def larger_run(values: Mapping[str, Any], reference: Record | None) -> Mapping[str, Any]:

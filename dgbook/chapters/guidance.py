@@ -9,8 +9,6 @@ from numpy.typing import NDArray
 from dgbook.chapters import study
 from dgbook.chapters.intervention import contrasts, image_effects, measures, summarise
 from dgbook.chapters.settings import Outcome, Setting, with_dg, worse_copy
-from dgbook.measures.judges import Judge
-from dgbook.measures.stats import Interval
 from dgkit.guidance import SEG, Autoguidance
 
 
@@ -51,35 +49,17 @@ def control_settings(pipe: Any, w: float, seed: int) -> dict[str, Setting]:
     return settings
 
 
-def guidance_values(outcomes: Mapping[str, Outcome], judge: Judge | None) -> dict[str, Any]:
+def guidance_values(outcomes: Mapping[str, Outcome], measured: Mapping[str, NDArray[np.float64]]) -> dict[str, Any]:
     """What Fig. 6 and 7 show, as numbers: "settings" has the effects against no guidance, and costs.
 
-    "contrast" is DG's own effect, alone ("dg - none") and beside CFG ("cfg+dg - cfg"), and DG minus each control. With
-    a judge both have the Frechet distance.
+    "contrast" is DG's own effect, alone ("dg - none") and beside CFG ("cfg+dg - cfg"), and DG minus each control.
+    `measured` are the outcomes' `image_measures` against no guidance.
     """
-    effects = image_effects({name: outcome.images for name, outcome in outcomes.items()}, "none", judge)
+    effects = image_effects(measured)
     settings: dict[str, dict[str, Any]] = {
         name: {**summary, "cost": outcomes[name].cost_ratio} for name, summary in summarise(effects).items()
     }
     controls = [name for name in ("blurred", "autoguidance") if name in outcomes]
     pairs = [("dg", "none"), ("cfg+dg", "cfg"), *(("dg", control) for control in controls)]
     contrast = contrasts(effects, pairs, measures(effects))
-    if judge is not None:
-        features = {name: judge.features(outcome.images) for name, outcome in outcomes.items()}
-        for name, found in features.items():
-            settings[name]["frechet"] = judge.frechet(found)
-        for a, b in pairs:
-            contrast[f"{a} - {b}"]["frechet"] = frechet_change(judge, features[a], features[b])
     return {"settings": settings, "contrast": contrast}
-
-
-def frechet_change(judge: Judge, a: NDArray[np.float64], b: NDArray[np.float64], resamples: int = 500) -> Interval:
-    """The judge's Frechet distance to real images of features `a` minus that of the paired features `b`, (N, F) each.
-
-    The interval is a percentile bootstrap over the pairs; both distances carry the same upward bias of N images.
-    """
-    generator = np.random.default_rng(0)
-    draws = [generator.integers(len(a), size=len(a)) for _ in range(resamples)]
-    changes = [judge.frechet(a[rows]) - judge.frechet(b[rows]) for rows in draws]
-    low, high = np.quantile(changes, [0.025, 0.975])
-    return Interval(judge.frechet(a) - judge.frechet(b), float(low), float(high))

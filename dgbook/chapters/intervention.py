@@ -18,10 +18,12 @@ from dgbook.measures.stats import Interval
 from dgkit import checks
 from dgkit.anatomy import Anatomy, dissect
 from dgkit.disruption import disrupt, make_edit
+from dgkit.massive import matched_dims
+from dgkit.recording import Trace
 
 
-def open_study(*, random_draws: int, **sampled: Any) -> study.Study:
-    """Chapter 3: a run with CFG; see `study.open_study`."""
+def open_study(*, random_draws: int, drawn_samples: int, **sampled: Any) -> study.Study:
+    """Chapter 3: a run with CFG, its first `drawn_samples` images for each random draw; see `study.open_study`."""
     opened = study.open_study(cfg=True, **sampled)
     return opened.begin(
         "03_intervention",
@@ -29,6 +31,7 @@ def open_study(*, random_draws: int, **sampled: Any) -> study.Study:
         guidance_scale=opened.guidance_scale,
         dims=opened.dims,
         random_draws=random_draws,
+        drawn_samples=drawn_samples,
     )
 
 
@@ -47,42 +50,62 @@ def _token_grid(pipe: Any, run: Samples) -> int:
     return side_of_square(observe(pipe, replace(run.first(1), steps=1), keep=[0]).tensors(0).shape[1])
 
 
-def intervene(
-    pipe: Any, run: Samples, *, block: int, dims: Sequence[int], matched: Sequence[int], draws: int, seed: int
-) -> dict[str, Images]:
-    """Images of the original model and of models disrupted at `block` (appendix D and its controls).
+def equal_counts(trace: Trace, block: int, dims: Sequence[int]) -> list[int]:
+    """As many other channels of `block` as there are `dims`, the largest by mean |z|."""
+    order = trace.mean_abs()[block].argsort(descending=True).tolist()
+    return [dim for dim in order if dim not in dims][: len(dims)]
+
+
+def equal_energy(trace: Trace, block: int, dims: Sequence[int]) -> list[int]:
+    """The other channels that carry as much magnitude as `dims` (see `dgkit.massive.matched_dims`).
+
+    None where that takes more than a quarter of all channels: zeroing so many is another edit, not a control.
+    """
+    found = matched_dims(trace, block, list(dims))
+    return found if len(found) <= trace.anatomy.channels // 4 else []
+
+
+def intervene(study: study.Study, *, draws: int, drawn_samples: int) -> dict[str, Images]:
+    """Images of the original model and of models disrupted at the study's block (appendix D and its controls).
 
     Settings: "original"; "massive" (dims zeroed); "left half" (zeroed in those tokens alone, see `left_half`); "norm
     kept" (zeroed, but the later LayerNorms keep their statistics; only for classes whose LayerNorms dgkit knows);
-    "mean" (dims set to their token mean); "matched" (non-massive channels of as much magnitude zeroed); "random" (as
-    many other channels zeroed, the paper's control; `draws` times another set).
+    "mean" (dims set to their token mean); "next" (as many of the largest other channels zeroed); "matched" (as much
+    magnitude of other channels zeroed, where few enough have it, see `equal_energy`); "random" (as many other channels
+    zeroed, the paper's control; `draws` times another set, the first `drawn_samples` images).
 
     Returns:
-        (N, H, W, 3) by setting, "random" (`draws`, N, H, W, 3).
+        (N, H, W, 3) by setting, "random" (`draws`, `drawn_samples`, H, W, 3).
 
     Raises:
-        DgkitError: `draws` is not a positive integer, or as for `dgkit.disrupt`.
+        DgkitError: `draws` is not a positive integer, `drawn_samples` not from 1 to N, or as for `dgkit.disrupt`.
     """
     checks.integer("random_draws", draws, 1)
+    checks.integer("drawn_samples", drawn_samples, 1, len(study.run.seeds))
+    pipe, run, block, dims = study.pipe, study.run, study.block, study.dims
     edits: dict[str, dict[str, Any]] = {
         "massive": {"dims": dims},
         "left half": {"dims": dims, "tokens": left_half(pipe, run)},
         "norm kept": {"dims": dims, "keep_norm": True},
         "mean": {"dims": dims, "kind": "mean"},
-        "matched": {"dims": matched},
+        "next": {"dims": equal_counts(study.trace, block, dims)},
+        "matched": {"dims": equal_energy(study.trace, block, dims)},
     }
     if not dissect(pipe).row.last_norm:
         del edits["norm kept"]
-    seeds = _distinct_draws(dissect(pipe), dims, draws, seed)
+    if not edits["matched"]["dims"]:
+        del edits["matched"]
+    seeds = _distinct_draws(dissect(pipe), dims, draws, study.sampled["seed"])
 
-    def edited(**edit: Any) -> Images:
+    def edited(run: Samples, **edit: Any) -> Images:
         with disrupt(pipe, block=block, **edit):
             return run.images(pipe)
 
+    few = run.first(drawn_samples)
     return {
         "original": run.images(pipe),
-        **{name: edited(**edit) for name, edit in edits.items()},
-        "random": np.stack([edited(dims=dims, kind="random", seed=own_seed) for own_seed in seeds]),
+        **{name: edited(run, **edit) for name, edit in edits.items()},
+        "random": np.stack([edited(few, dims=dims, kind="random", seed=own_seed) for own_seed in seeds]),
     }
 
 
@@ -99,32 +122,67 @@ def _distinct_draws(anatomy: Anatomy, dims: Sequence[int], draws: int, seed: int
     return list(seeds.values())
 
 
-def image_effects(images: Mapping[str, Images], baseline: str, judge: Judge | None = None) -> pd.DataFrame:
-    """Per image and setting, what differs from the paired image of `baseline`.
+def image_measures(
+    images: Mapping[str, Images], baseline: str, judge: Judge | None = None
+) -> dict[str, NDArray[np.float64]]:
+    """`paired_measures`, and with a judge what each image adds to its setting's distances from real images.
 
-    Columns: low_error, high_error (relative squared error below and above 1/8 cycles/pixel), sharpness_ratio (of the
-    variance of the Laplacian; scaled so that the mean over images is the ratio of the means, which unlike the mean of
-    ratios does not favour sharper), high_frequency_change (difference of the energy share above 1/4
-    cycles/pixel), and with a judge agreement (1 where it finds what was asked for).
-    A setting of several draws, (draws, N, H, W, 3), is averaged over them, per image.
+    detail_distance (`Judge.detail_distance`) and frechet (`Judge.frechet_contributions`); draws have none.
     """
-    reference = images[baseline]
+    found = paired_measures(images, baseline, judge)
+    for name, batch in images.items():
+        if judge is not None and batch.ndim == 4:
+            found[f"{name}.detail_distance"] = judge.detail_distance(batch)
+            found[f"{name}.frechet"] = judge.frechet_contributions(judge.features(batch))
+    return found
+
+
+def paired_measures(
+    images: Mapping[str, Images], baseline: str, judge: Judge | None = None
+) -> dict[str, NDArray[np.float64]]:
+    """Per image and setting, what differs from the paired image of `baseline`: arrays (N,) under "SETTING.MEASURE".
+
+    low_error, high_error: relative squared error below and above 1/8 cycles/pixel. sharpness_ratio: of the variance of
+    the Laplacian; scaled so that the mean over images is the ratio of the means, which unlike the mean of ratios does
+    not favour sharper. high_frequency_change: difference of the energy share above 1/4 cycles/pixel. With a judge also
+    agreement: 1 where it finds what was asked for.
+
+    A setting of several draws, (draws, n, H, W, 3), of the first n images has arrays (draws, n).
+    """
+    found: dict[str, NDArray[np.float64]] = {}
+    for name, batch in images.items():
+        draws = [_pair_measures(draw, images[baseline][: len(draw)], judge) for draw in _draws(batch)]
+        for measure in draws[0]:
+            stacked = np.stack([draw[measure] for draw in draws])
+            found[f"{name}.{measure}"] = stacked if batch.ndim == 5 else stacked[0]
+    return found
+
+
+def _pair_measures(batch: Images, reference: Images, judge: Judge | None) -> dict[str, NDArray[np.float64]]:
+    low, high = band_error(batch, reference)
     sharp = sharpness(reference)
-    rows = []
-    for name, batch in ((name, one) for name, found in images.items() for one in _draws(found)):
-        low, high = band_error(batch, reference)
-        columns = {
-            "setting": name,
-            "image": np.arange(len(batch)),
-            "low_error": low,
-            "high_error": high,
-            "sharpness_ratio": 1 + (sharpness(batch) - sharp) / sharp.mean(),
-            "high_frequency_change": high_frequency_energy(batch) - high_frequency_energy(reference),
-        }
-        if judge is not None:
-            columns["agreement"] = judge.agreement(batch).astype(float)
-        rows.append(pd.DataFrame(columns))
-    return pd.concat(rows).groupby(["setting", "image"], sort=False).mean().reset_index()
+    columns = {
+        "low_error": low,
+        "high_error": high,
+        "sharpness_ratio": 1 + (sharpness(batch) - sharp) / sharp.mean(),
+        "high_frequency_change": high_frequency_energy(batch) - high_frequency_energy(reference),
+    }
+    if judge is not None:
+        columns["agreement"] = judge.first(len(batch)).agreement(batch).astype(float)
+    return columns
+
+
+def image_effects(measured: Mapping[str, NDArray[np.float64]]) -> pd.DataFrame:
+    """`image_measures` as a table: setting, image, then a column per measure. Draws are averaged, per image."""
+    tables: dict[str, dict[str, NDArray[np.float64]]] = {}
+    for key, values in measured.items():
+        setting, _, measure = key.rpartition(".")
+        tables.setdefault(setting, {})[measure] = values.mean(0) if values.ndim == 2 else values
+    frames = [
+        pd.DataFrame({"setting": setting, "image": np.arange(len(next(iter(columns.values())))), **columns})
+        for setting, columns in tables.items()
+    ]
+    return pd.concat(frames, ignore_index=True)
 
 
 def _draws(images: Images) -> Iterable[Images]:
@@ -151,14 +209,15 @@ def summarise(effects: pd.DataFrame) -> dict[str, dict[str, Interval]]:
             # only agreement can be a share; errors that are all 0, as the original's, are not
             column: (stats.mean if column == "agreement" else stats.bootstrap)(group[column].to_numpy())
             for column in measures(effects)
+            if group[column].notna().all()  # draws have no distances
         }
         for setting, group in effects.groupby("setting", sort=False)
     }
 
 
 def contrast(effects: pd.DataFrame, a: str, b: str, column: str) -> Interval:
-    """Mean of the paired difference a - b of one column, with its interval."""
-    table = effects.pivot(index="image", columns="setting", values=column)
+    """Mean of the paired difference a - b of one column, with its interval, over the images that both have."""
+    table = effects.pivot(index="image", columns="setting", values=column)[[a, b]].dropna()
     return stats.paired_bootstrap(table[a].to_numpy(), table[b].to_numpy())
 
 
@@ -166,20 +225,29 @@ def contrasts(
     effects: pd.DataFrame, pairs: Iterable[tuple[str, str]], columns: Sequence[str]
 ) -> dict[str, dict[str, Interval]]:
     """`contrast` of each pair in each column; that of (a, b) is under "a - b"."""
-    return {f"{a} - {b}": {column: contrast(effects, a, b, column) for column in columns} for a, b in pairs}
+    return {
+        f"{a} - {b}": {column: contrast(effects, a, b, column) for column in columns if _have(effects, (a, b), column)}
+        for a, b in pairs
+    }
 
 
-def intervention_values(effects: pd.DataFrame, matched: Sequence[int]) -> dict[str, Any]:
+def _have(effects: pd.DataFrame, settings: tuple[str, str], column: str) -> bool:
+    """Whether all of the `settings` have the measure."""
+    return all(effects.loc[effects["setting"] == setting, column].notna().any() for setting in settings)
+
+
+def intervention_values(effects: pd.DataFrame) -> dict[str, Any]:
     """What Fig. 5 shows, as numbers: "settings" has every effect's mean, "contrast" massive channels minus controls.
 
-    Agreement is compared with the originals too.
+    Agreement and the distances from real images are compared with the originals' too.
     """
     controls = [name for name in effects["setting"].unique() if name not in ("original", "massive", "left half")]
     columns = [column for column in measures(effects) if column != "high_frequency_change"]
     found = contrasts(effects, (("massive", control) for control in controls), columns)
-    if "agreement" in effects:
-        found |= contrasts(effects, [("massive", "original")], ["agreement"])
-    return {"settings": summarise(effects), "contrast": found, "matched_dims": list(matched)}
+    judged = [column for column in ("agreement", "detail_distance", "frechet") if column in effects]
+    if judged:
+        found |= contrasts(effects, [("massive", "original")], judged)
+    return {"settings": summarise(effects), "contrast": found}
 
 
 def half_values(pipe: Any, run: Samples, images: Mapping[str, Images]) -> dict[str, Any]:
@@ -206,11 +274,12 @@ def half_values(pipe: Any, run: Samples, images: Mapping[str, Images]) -> dict[s
     return {"half": half}
 
 
-def draw_values(images: Mapping[str, Images]) -> dict[str, Any]:
-    """The massive channels against each random draw by itself.
+def draw_values(measured: Mapping[str, NDArray[np.float64]]) -> dict[str, Any]:
+    """The massive channels against each random draw by itself, over the images that both have.
 
-    "high_error": mean high-frequency error of each draw (see `image_effects`); "below": how many of them have a smaller
-    one than the massive channels.
+    "high_error": mean high-frequency error of each draw (see `image_measures`); "massive": that of the massive
+    channels; "below": how many draws have a smaller one.
     """
-    massive, *drawn = (band_error(b, images["original"])[1].mean() for b in (images["massive"], *images["random"]))
-    return {"draws": {"high_error": np.array(drawn), "below": int((drawn < massive).sum())}}
+    drawn = measured["random.high_error"]
+    massive, means = measured["massive.high_error"][: drawn.shape[1]].mean(), drawn.mean(1)
+    return {"draws": {"high_error": means, "massive": massive, "below": int((means < massive).sum())}}

@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-from dgbook.chapters.intervention import contrast, image_effects, summarise
+from dgbook.chapters.intervention import contrast, image_effects, paired_measures, summarise
 from dgbook.chapters.sampling import Samples
 from dgbook.measures.judges import Judge
 from dgkit import checks
@@ -75,7 +75,7 @@ def sweep(
             kind = "zero" if channels == "largest" else "random"
             with disrupt(pipe, block=block, dims=ordered[:k], kind=kind, seed=seed, start=start, stop=stop):
                 edited = run.images(pipe)
-            effects = image_effects({"original": original, "edited": edited}, "original", judge)
+            effects = image_effects(paired_measures({"original": original, "edited": edited}, "original", judge))
             row = _measured(effects, judge is not None)
             rows.append({"channels": channels, "steps": steps, "block": block, "k": k} | row | {"regime": regime(row)})
     return pd.DataFrame(rows)

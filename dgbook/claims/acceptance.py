@@ -99,8 +99,10 @@ def report(differences: list[Difference]) -> str:
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-def accept(new: Path, accepted: Path) -> list[Path]:
+def accept(new: Path, accepted: Path, *, arrays: bool = False) -> list[Path]:
     """Copy every result file of a run over the accepted ones and return the files written.
+
+    `arrays`: also what was measured of each image, on which verdicts rest.
 
     Raises:
         DgkitError: `new` holds no result, or a file in it is no result.
@@ -112,8 +114,10 @@ def accept(new: Path, accepted: Path) -> list[Path]:
     for name, path in files.items():
         target = accepted / f"{name}.json"
         target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
-        written.append(target)
+        for suffix in (".json", ".npz") if arrays else (".json",):
+            if path.with_suffix(suffix).is_file():
+                shutil.copyfile(path.with_suffix(suffix), target.with_suffix(suffix))
+                written.append(target.with_suffix(suffix))
     return written
 
 

@@ -67,6 +67,14 @@ def exhibits() -> pd.DataFrame:
     return _words("figures")
 
 
+def earlier_words() -> pd.DataFrame:
+    """What the parts said under the rules before those of `data/paper/plan.md`, a row per part and training.
+
+    Columns, all text: part (its id then), chapter, text, training, word, numbers.
+    """
+    return _words("earlier_words")
+
+
 def _words(name: str) -> pd.DataFrame:
     return pd.read_csv(DATA / "paper" / f"{name}.csv", dtype=str, keep_default_na=False)
 

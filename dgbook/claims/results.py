@@ -1,20 +1,23 @@
-"""Measured numbers as JSON with their provenance.
+"""Measured numbers as JSON with their provenance, and beside it what was measured of each image.
 
-A run writes `<results_dir>/<model>/<name>.json`. Accepted files lie under `data/results/<model>/` and, for reference
-runs, under `data/results/reference/<model>/`; nothing but `acceptance.accept` changes them.
+A run writes `<results_dir>/<model>/<name>.json` and `<name>.npz`. Accepted files lie under `data/results/<model>/` and,
+for reference runs, under `data/results/reference/<model>/`; nothing but `acceptance.accept` changes them.
 """
 
+import io
 import json
 import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from dgbook.claims.provenance import provenance
-from dgbook.files import write_whole
+from dgbook.files import replacing, write_whole
 from dgbook.measures.stats import Interval
 from dgbook.paths import results_dir, safe_name
 from dgkit.errors import DgkitError
@@ -30,12 +33,14 @@ class Record:
     """A result file as read; its values are nested tables of numbers, strings, Intervals, arrays and lists.
 
     `record["methods.cfg+dg.frechet"]` is the value, or the table, at a path (see `at`), with arrays as NumPy's.
+    `arrays` holds what was measured of each image, the images along the last axis: verdicts are computed from these.
     """
 
     name: str
     parameters: dict[str, Any]
     provenance: dict[str, Any]
     values: dict[str, Any]
+    arrays: dict[str, NDArray[np.float32]] = field(default_factory=dict)
 
     def __getitem__(self, path: str) -> Any:
         value = at(self.values, path)
@@ -48,8 +53,12 @@ class Record:
         return {key: _decoded(value) for key, value in self.values.items()}
 
     def write(self, path: Path) -> None:
-        """Write the result file, whole or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
+        """Write the result file and the arrays beside it, each whole or not at all."""
+        if self.arrays:
+            buffer = io.BytesIO()
+            np.savez_compressed(buffer, **self.arrays)  # type: ignore[arg-type]
+            with replacing(path.with_suffix(".npz")) as partial:
+                partial.write_bytes(buffer.getvalue())
         write_whole(path, _text(self))
 
 
@@ -76,6 +85,7 @@ class Result:
         self.parameters = {key: encoded(value, f"parameters[{key!r}]") for key, value in parameters.items()}
         self.block_evaluations: int | None = None
         self._values: dict[str, Any] = {}
+        self._arrays: dict[str, NDArray[np.float32]] = {}
         self._provenance = provenance(self.parameters, pipe)
         self._start = time.monotonic()
 
@@ -94,6 +104,18 @@ class Result:
         for key, value in values.items():
             self[key] = value
 
+    def keep(self, arrays: Mapping[str, ArrayLike]) -> None:
+        """Keep what was measured of each image, (..., images) by name, in single precision.
+
+        Raises:
+            DgkitError: NaN or infinite somewhere.
+        """
+        for name, values in arrays.items():
+            array = np.asarray(values, np.float32)
+            if not np.isfinite(array).all():
+                raise DgkitError(f"arrays[{name!r}] holds values that are not finite")
+            self._arrays[name] = array
+
     @property
     def values(self) -> dict[str, Any]:
         """What was kept so far, as it will read from the file."""
@@ -107,7 +129,7 @@ class Result:
             "block_evaluations": self.block_evaluations,
             "wall_seconds": round(time.monotonic() - self._start, 1),
         }
-        Record(self.name, self.parameters, made_by, self._values).write(path)
+        Record(self.name, self.parameters, made_by, self._values, self._arrays).write(path)
         return path
 
 
@@ -239,12 +261,14 @@ def _block(rows: Iterable[str], indent: int) -> str:
 
 
 def read(path: Path) -> Record:
-    """The result file `path`.
+    """The result file `path`, with the arrays beside it.
 
     Raises:
-        DgkitError: it is missing or no result file.
+        DgkitError: it is missing or no result file, or the arrays cannot be read.
     """
+    beside = path.with_suffix(".npz")
     try:
-        return Record(**json.loads(path.read_text()))
-    except (OSError, TypeError, json.JSONDecodeError) as error:
+        arrays = dict(np.load(beside)) if beside.is_file() else {}
+        return Record(**json.loads(path.read_text()), arrays=arrays)
+    except (OSError, TypeError, ValueError, BadZipFile) as error:
         raise DgkitError(f"{path} is not a result file: {error}") from error

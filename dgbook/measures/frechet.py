@@ -47,6 +47,30 @@ def frechet_distance_to(features: Any, mean: Any, covariance: Any) -> float:
     return max(0.0, float(shift @ shift + np.trace(own) + np.trace(c) - 2 * np.sqrt(product.clip(0)).sum()))
 
 
+def frechet_contributions(features: Any, mean: Any, covariance: Any) -> NDArray[np.float64]:
+    """What each sample adds to `frechet_distance_to`: numbers (N,) whose mean is the distance.
+
+    The distance plus the sample's empirical influence (Efron and Tibshirani 1993, chapter 21): what the distance gains,
+    per unit of weight, where the sample weighs more than the others. The distance of a resample is to first order the
+    mean of its contributions, so that distances are compared image by image, as any other mean.
+
+    Raises:
+        DgkitError: as for `frechet_distance_to`.
+    """
+    distance = frechet_distance_to(features, mean, covariance)
+    sample, m, c = _checked(features, "features"), np.asarray(mean, np.float64), np.asarray(covariance, np.float64)
+    centred = sample - sample.mean(axis=0)
+    own = np.atleast_2d(np.cov(sample, rowvar=False))
+    values, vectors = np.linalg.eigh(c)
+    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    values, vectors = np.linalg.eigh(root @ own @ root)
+    kept = values > 1e-10 * values.max()  # the derivative of the root is taken within the range of the samples
+    inverse = (vectors[:, kept] / np.sqrt(values[kept])) @ vectors[:, kept].T
+    gradient = np.eye(len(c)) - root @ inverse @ root  # by the covariance; by the mean it is 2 (sample mean - m)
+    spread = np.einsum("ni,ij,nj->n", centred, gradient, centred) * len(sample) / (len(sample) - 1)
+    return distance + 2 * centred @ (sample.mean(axis=0) - m) + spread - np.trace(gradient @ own)
+
+
 def _checked(features: Any, name: str) -> NDArray[np.float64]:
     array = np.asarray(features, dtype=np.float64)
     if array.ndim != 2 or array.shape[0] < 2 or array.shape[1] < 1:

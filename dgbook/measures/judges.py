@@ -3,16 +3,17 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from dgbook.measures.classifier import agreement, fashion_classifier, inception_score
-from dgbook.measures.frechet import frechet_distance_to
+from dgbook.measures.frechet import frechet_contributions, frechet_distance_to
 from dgbook.measures.matcher import TileMatcher, load_matcher, matching_score
 from dgbook.measures.precision_recall import precision_recall
+from dgbook.measures.spectrum import detail_distance
 from dgkit.paths import DATA
 from dgkit.zoo import row_of
 
@@ -35,6 +36,10 @@ class Judge(ABC):
     def __init__(self, conditions: Sequence[Any]) -> None:
         self.conditions = list(conditions)
 
+    def first(self, count: int) -> Self:
+        """The judge of the first `count` images."""
+        return type(self)(self.conditions[:count])
+
     @abstractmethod
     def agreement(self, images: Any) -> NDArray[np.bool_]:
         """Whether each of the uint8 images (N, H, W, 3) shows its condition, (N,).
@@ -56,6 +61,15 @@ class Judge(ABC):
         """Frechet distance of features (N, F) to those of the real images that the model was trained on."""
         real = _reference(self.data)
         return frechet_distance_to(features, real["mean"], real["covariance"])
+
+    def frechet_contributions(self, features: Any) -> NDArray[np.float64]:
+        """What each image adds to `frechet` of features (N, F): numbers (N,) whose mean is the distance."""
+        real = _reference(self.data)
+        return frechet_contributions(features, real["mean"], real["covariance"])
+
+    def detail_distance(self, images: Any) -> NDArray[np.float64]:
+        """`spectrum.detail_distance` to the real images that the model was trained on, (N,)."""
+        return detail_distance(images, _reference(self.data)["spectrum"])
 
     @property
     def real_features(self) -> NDArray[Any]:

@@ -17,6 +17,9 @@ from dgkit.errors import DgkitError
 
 Array = NDArray[np.float64]
 
+DETAIL = 0.125
+"""Cycles/pixel above which is detail: the finest three quarters of the frequencies along an axis."""
+
 _LUMA = np.array([0.299, 0.587, 0.114])
 _NO_POWER = 1e-12  # far below one grey level in one pixel, (1/255)^2, far above rounding
 
@@ -70,7 +73,7 @@ def high_frequency_energy(images: Any, cutoff: float = 0.25) -> Array:
     return np.divide(high, total, out=np.zeros_like(total), where=total > _NO_POWER)
 
 
-def band_error(images: Any, reference: Any, cutoff: float = 0.125) -> tuple[Array, Array]:
+def band_error(images: Any, reference: Any, cutoff: float = DETAIL) -> tuple[Array, Array]:
     """Relative squared error of each image against its reference, below and above a spatial frequency.
 
     The energy of the difference's spectrum in a band over the energy of the reference's spectrum in that band. The mean
@@ -101,6 +104,37 @@ def band_error(images: Any, reference: Any, cutoff: float = 0.125) -> tuple[Arra
             raise DgkitError(f"reference image {whole.argmin()} has no power in the {name} band to compare with")
         ratios.append(error[:, band].sum(axis=1) / whole)
     return ratios[0], ratios[1]
+
+
+def detail_distance(images: Any, real: Any) -> Array:
+    """How far the detail of a set of images is from that of real ones, in dB: numbers (N,) whose mean is the distance.
+
+    The root mean square, over the rings of `radial_power_spectrum` above `DETAIL` cycles/pixel, of
+    10 log10(P / P_real), P being the power of a ring averaged over the images: 0 for as much detail as real images have
+    at every scale; smoother images and noisier ones are both far. An image's number is the distance plus its empirical
+    influence on it (see `frechet.frechet_contributions`).
+
+    Args:
+        images: (N, H, W, 3), see `luminance`.
+        real: mean power (F,) of the rings of real images of the same size.
+
+    Raises:
+        DgkitError: `real` is of other rings or not positive, the images have no power in a ring, or as for `luminance`.
+    """
+    power, frequencies = radial_power_spectrum(images)
+    target = np.asarray(real, np.float64)
+    if target.shape != frequencies.shape or not (target > 0).all():
+        raise DgkitError(f"real has shape {target.shape}: {len(frequencies)} positive powers are needed, one per ring")
+    power, target = power[:, frequencies > DETAIL], target[frequencies > DETAIL]
+    mean = power.mean(axis=0)
+    if mean.min() <= _NO_POWER:
+        raise DgkitError("the images have no detail: they are flat or smooth to the last bit")
+    level = 10 * np.log10(mean / target)
+    distance = np.sqrt((level**2).mean())
+    if distance == 0:
+        return np.zeros(len(power))
+    gradient = level / (len(level) * distance) * 10 / np.log(10) / mean
+    return distance + (power - mean) @ gradient
 
 
 def sharpness(images: Any) -> Array:

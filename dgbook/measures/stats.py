@@ -190,6 +190,42 @@ def variance_explained(
     return {name: _percentiles(part[varied] / total[varied]) for name, part in parts.items()}
 
 
+def p_value(values: ArrayLike, bound: float, *, share: bool = False) -> float:
+    """Two-sided p of the hypothesis that the mean of `values` (n,) over images is `bound`.
+
+    Of a `share` (all values 0 or 1): twice the smaller exact binomial tail. Else twice the smaller share of the
+    bootstrap's resampled means that lie at the bound or beyond it, counting the sample itself, so never below
+    2 / (RESAMPLES + 1). 1 where all values are the bound.
+
+    Raises:
+        DgkitError: as for `bootstrap`.
+    """
+    sample = _finite(values, "values", axes=1)
+    if share:
+        tails = (stats.binomtest(int(sample.sum()), len(sample), bound, side).pvalue for side in ("less", "greater"))
+        return min(1.0, 2 * min(tails))
+    generator, means = np.random.default_rng(0), []
+    for part in np.array_split(np.arange(RESAMPLES), 10):  # bounded memory
+        means.append(sample[generator.integers(len(sample), size=(len(part), len(sample)))].mean(axis=1))
+    drawn = np.concatenate(means)
+    tail = min((drawn <= bound).sum(), (drawn >= bound).sum())
+    return min(1.0, 2 * float(1 + tail) / (1 + RESAMPLES))
+
+
+def rank_p_value(value: float, drawn: ArrayLike) -> float:
+    """One-sided p of `value` being no larger than one of the draws (n,): (1 + those as large) / (1 + n)."""
+    sample = _finite(drawn, "drawn", axes=1)
+    return float(1 + (sample >= value).sum()) / (1 + len(sample))
+
+
+def holm(p_values: ArrayLike) -> NDArray[np.float64]:
+    """p-values (n,) adjusted for n tests (Holm 1979): those below 0.05 are wrong in one family of twenty at most."""
+    p = np.asarray(p_values, dtype=np.float64)
+    order = p.argsort(kind="stable")
+    adjusted = np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)).clip(max=1)
+    return adjusted[order.argsort(kind="stable")]
+
+
 def _percentiles(replicates: NDArray[np.float64]) -> Interval:
     """Interval of the resamples' values (1 + resamples,), of which the first is the sample's own."""
     low, high = np.quantile(replicates[1:], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])

@@ -33,6 +33,7 @@ LABELS = {
     "high_error": "high-frequency error\n(relative squared)",
     "sharpness_ratio": "sharpness ratio\n(variance of the Laplacian)",
     "high_frequency_change": "change of\nhigh-frequency energy share",
+    "detail_distance": "distance of the detail\nfrom real images (dB)",
     "agreement": "agreement with\nthe condition",
     "agreement_change": "change of the\nagreement",
     "frechet": "Frechet distance\n(judge's features)",
@@ -205,6 +206,8 @@ def effects(summary: Mapping[str, Mapping[str, Interval]], settings: Sequence[st
     )
     for ax, column in zip(axes[0], columns, strict=True):
         for i, setting in enumerate(settings):
+            if column not in summary[setting]:
+                continue  # draws have no distances
             point = summary[setting][column]
             colour = MASSIVE if setting == "massive" else ACCENT
             ax.plot([point.low, point.high], [i, i], color=colour, linewidth=2)

@@ -167,6 +167,15 @@ def section(number: str) -> str:
     return "\n\n".join(_card(claim, measured[claim["id"]]) for _, claim in found.iterrows())
 
 
+def earlier_words() -> str:
+    """What the parts said under the former rules, a row per part, a column per training; see `data/paper/plan.md`."""
+    words = paper.earlier_words()
+    shown = words.pivot(index=["part", "text"], columns="training", values="word").fillna("")
+    shown = shown.loc[list(dict.fromkeys(zip(words["part"], words["text"], strict=True)))]
+    rows = [(part, plain(text), *cells) for (part, text), cells in zip(shown.index, shown.to_numpy(), strict=True)]
+    return table(("", "part", *map(code, shown.columns)), rows)
+
+
 def _target(claim: str) -> str:
     """The label of a claim for references."""
     return f"claim-{claim.lower().replace('.', '-')}"

@@ -3,7 +3,9 @@
 import numpy as np
 from scipy.linalg import sqrtm
 
+from dgbook.chapters.sampling import observe
 from dgbook.chapters.settings import Outcome, Setting
+from dgbook.chapters.study import Study
 from dgbook.measures.judges import Judge
 
 BLOCKS, CHANNELS, BLOCK, DIMS = 3, 16, 1, [3, 7]  # of the fixture `pipe`, and where the tests edit it
@@ -23,6 +25,12 @@ def outcome(images, block_evaluations=0, cost_ratio=1.0, setting=None, steps=2):
     return Outcome(images, setting or Setting(), steps, block_evaluations, cost_ratio)
 
 
+def study_of(pipe, run, dims=DIMS, block=BLOCK, seed=9):
+    """What `intervene` takes, of a few recorded images."""
+    trace = observe(pipe, run.first(1))
+    return Study(pipe, run, trace, block, list(dims), 1.0, 1.0, 1.0, {"model": "m", "seed": seed})
+
+
 class WhiteJudge(Judge):
     """Finds what was asked for where an image's first value is the condition; its features are the means of three
     parts of the image, those of real images standard normal."""
@@ -35,6 +43,12 @@ class WhiteJudge(Judge):
 
     def features(self, images):
         return np.stack([part.mean((1, 2, 3)) for part in np.array_split(images.astype(float), 3, axis=1)], axis=1)
+
+    def frechet_contributions(self, features):
+        return np.full(len(features), self.frechet(features))
+
+    def detail_distance(self, images):
+        return images[:, 0, 0, 1].astype(float)
 
     def frechet(self, features):  # to a standard normal, with scipy
         covariance = np.cov(np.asarray(features).T)

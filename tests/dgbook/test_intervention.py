@@ -12,7 +12,7 @@ from dgbook.measures.judges import FashionJudge
 from dgbook.measures.spectrum import band_error, sharpness
 from dgbook.measures.stats import Interval
 from dgkit.errors import DgkitError
-from tests.dgbook.chapter_examples import BLOCK, CHANNELS, DIMS, WhiteJudge, halved, random_images
+from tests.dgbook.chapter_examples import BLOCK, CHANNELS, DIMS, WhiteJudge, halved, random_images, study_of
 
 
 def hooked(pipe, run, change):
@@ -61,35 +61,53 @@ def test_intervene_equals_edits_by_hand(monkeypatch, pipe, run):
         return Watched()
 
     monkeypatch.setattr(intervention, "disrupt", watched)
-    images = intervention.intervene(pipe, run, block=BLOCK, dims=DIMS, matched=[1, 2, 4], draws=4, seed=9)
-    assert list(images) == ["original", "massive", "left half", "norm kept", "mean", "matched", "random"]
+    monkeypatch.setattr(intervention, "equal_energy", lambda *args: [1, 2, 4])
+    monkeypatch.setattr(intervention, "equal_counts", lambda *args: [5, 6])
+    images = intervention.intervene(study_of(pipe, run), draws=4, drawn_samples=2)
+    assert list(images) == ["original", "massive", "left half", "norm kept", "mean", "next", "matched", "random"]
     assert np.array_equal(images["original"], plain) and np.array_equal(run.images(pipe), plain)
     assert np.array_equal(images["massive"], hooked(pipe, run, zero(DIMS)))
     assert np.array_equal(images["mean"], hooked(pipe, run, to_mean))
     assert np.array_equal(images["matched"], hooked(pipe, run, zero([1, 2, 4])))
+    assert np.array_equal(images["next"], hooked(pipe, run, zero([5, 6])))
     half = intervention.left_half(pipe, run)
     for name, options in (("left half", {"tokens": half}), ("norm kept", {"keep_norm": True})):
         with original_disrupt(pipe, block=BLOCK, dims=DIMS, **options):
             assert np.array_equal(images[name], run.images(pipe))
-    drawn = [edits[i].dims for i in range(5, 9)]
+    drawn = [edits[i].dims for i in range(6, 10)]
     for batch, dims in zip(images["random"], drawn, strict=True):
         assert len(set(dims)) == len(DIMS) and not set(dims) & set(DIMS)
-        assert np.array_equal(batch, hooked(pipe, run, zero(dims)))
+        assert np.array_equal(batch, hooked(pipe, run.first(2), zero(dims)))
     assert len({tuple(dims) for dims in drawn}) == 4
     edited = [*(images[name] for name in images if name not in ("original", "random")), *images["random"]]
-    assert all(not np.array_equal(batch, plain) for batch in edited)
+    assert all(not np.array_equal(batch, plain[: len(batch)]) for batch in edited)
 
 
 def test_no_set_of_random_channels_is_drawn_twice(pipe, run):
-    images = intervention.intervene(pipe, run.first(1), block=BLOCK, dims=[3], matched=[1], draws=CHANNELS - 1, seed=2)
+    study = study_of(pipe, run.first(1), dims=[3])
+    images = intervention.intervene(study, draws=CHANNELS - 1, drawn_samples=1)
     assert len({batch.tobytes() for batch in images["random"]}) == CHANNELS - 1
     with pytest.raises(DgkitError, match=f"random_draws={CHANNELS} is not allowed: there are {CHANNELS - 1} sets"):
-        intervention.intervene(pipe, run.first(1), block=BLOCK, dims=[3], matched=[1], draws=CHANNELS, seed=2)
+        intervention.intervene(study, draws=CHANNELS, drawn_samples=1)
+    with pytest.raises(DgkitError, match="drawn_samples=2 is not allowed"):
+        intervention.intervene(study, draws=1, drawn_samples=2)
+
+
+def test_controls_of_equal_count_and_of_equal_energy(pipe, run):
+    trace = study_of(pipe, run).trace
+    size = trace.mean_abs()[BLOCK].numpy()
+    largest = [dim for dim in np.argsort(-size) if dim not in (3, 7)]
+    assert intervention.equal_counts(trace, BLOCK, [3, 7]) == largest[:2]
+    energy, wanted = size**2, (size[[3, 7]] ** 2).sum()
+    needed = 1 + int(np.argmax(np.cumsum(energy[largest]) >= wanted))
+    matched = intervention.equal_energy(trace, BLOCK, [3, 7])
+    assert matched == (largest[:needed] if needed <= CHANNELS // 4 else [])
+    assert intervention.equal_energy(trace, BLOCK, list(range(8))) == []  # half of the channels: no control
 
 
 def test_an_identical_copy_has_no_effect():
     images = random_images()
-    effects = intervention.image_effects({"original": images, "copy": images.copy()}, "original")
+    effects = measured_effects({"original": images, "copy": images.copy()}, "original")
     assert list(effects.columns) == [
         "setting", "image", "low_error", "high_error", "sharpness_ratio", "high_frequency_change"
     ]  # fmt: skip
@@ -101,7 +119,7 @@ def test_an_identical_copy_has_no_effect():
 
 def test_halved_contrast_has_a_quarter_of_everything():
     images = random_images()
-    effects = intervention.image_effects({"original": images, "half": halved(images)}, "original")
+    effects = measured_effects({"original": images, "half": halved(images)}, "original")
     half = effects[effects["setting"] == "half"]
     for column in ("low_error", "high_error"):  # (1 - 1/2)^2 of the energy
         assert half[column].to_numpy() == pytest.approx(np.full(4, 0.25))
@@ -113,7 +131,7 @@ def test_halved_contrast_has_a_quarter_of_everything():
 
 def test_a_brighter_image_differs_in_the_low_band_alone():
     images = random_images() // 2
-    effects = intervention.image_effects({"original": images, "bright": images + np.uint8(64)}, "original")
+    effects = measured_effects({"original": images, "bright": images + np.uint8(64)}, "original")
     bright = effects[effects["setting"] == "bright"]
     assert bright["high_error"].to_numpy() == pytest.approx(np.zeros(4), abs=1e-12)
     assert bright["sharpness_ratio"].to_numpy() == pytest.approx(np.ones(4))
@@ -123,10 +141,14 @@ def test_a_brighter_image_differs_in_the_low_band_alone():
 def test_blur_costs_the_high_band():
     images = random_images()
     blurred = gaussian_filter(images.astype(float), (0, 1.5, 1.5, 0)).round().astype(np.uint8)
-    effects = intervention.image_effects({"original": images, "blurred": blurred}, "original")
+    effects = measured_effects({"original": images, "blurred": blurred}, "original")
     blur = effects[effects["setting"] == "blurred"]
     assert (blur["high_error"] > 0.5).all() and (blur["high_error"] > 5 * blur["low_error"]).all()
     assert (blur["sharpness_ratio"] < 0.1).all() and (blur["high_frequency_change"] < -0.3).all()
+
+
+def measured_effects(images, baseline, judge=None):
+    return intervention.image_effects(intervention.image_measures(images, baseline, judge))
 
 
 def with_draws():
@@ -137,7 +159,7 @@ def with_draws():
 
 
 def test_random_draws_are_averaged_per_image():
-    effects = intervention.image_effects(with_draws(), "original")
+    effects = measured_effects(with_draws(), "original")
     assert effects["setting"].unique().tolist() == ["original", "massive", "random"]
     drawn = effects[effects["setting"] == "random"]
     assert drawn["image"].tolist() == [0, 1, 2, 3]
@@ -150,10 +172,10 @@ def test_random_draws_are_averaged_per_image():
 def test_agreement_is_the_judges():
     images = random_images(5)
     judge = WhiteJudge([*images[:3, 0, 0, 0], 1, 3])  # odd values do not occur
-    effects = intervention.image_effects({"original": images, "black": np.zeros_like(images)}, "original", judge)
+    effects = measured_effects({"original": images, "black": np.zeros_like(images)}, "original", judge)
     black = [float(c == 0) for c in judge.conditions]
     assert effects["agreement"].tolist() == [1, 1, 1, 0, 0, *black]
-    assert "agreement" not in intervention.image_effects({"original": images}, "original")
+    assert "agreement" not in measured_effects({"original": images}, "original")
 
 
 def test_class_agreement_is_the_classifiers():
@@ -161,7 +183,7 @@ def test_class_agreement_is_the_classifiers():
     seen = np.asarray(fashion_classifier()(images)).argmax(1)
     asked = [int(c) for c in seen]
     asked[2] = (asked[2] + 1) % 10
-    effects = intervention.image_effects({"original": images}, "original", FashionJudge(asked))
+    effects = measured_effects({"original": images}, "original", FashionJudge(asked))
     assert effects["agreement"].tolist() == [1, 1, 0, 1, 1, 1]
 
 
@@ -211,14 +233,16 @@ def test_effect_of_an_edit_on_both_halves_of_the_image(pipe, run):
 def test_massive_channels_against_each_draw():
     original = random_images()
     images = {"original": original, "massive": halved(original), "random": np.stack([original, original * 0])}
-    draws = intervention.draw_values(images)["draws"]  # half the brightness leaves a quarter of the energy as error
+    draws = intervention.draw_values(intervention.image_measures(images, "original"))[
+        "draws"
+    ]  # half the brightness leaves a quarter of the energy as error
     assert draws["high_error"] == pytest.approx([0, 1]) and draws["below"] == 1
+    assert draws["massive"] == pytest.approx(0.25)
 
 
 def test_intervention_values():
-    effects = intervention.image_effects(with_draws(), "original")
-    values = intervention.intervention_values(effects, matched=(4, 5))
-    assert values["matched_dims"] == [4, 5]
+    effects = measured_effects(with_draws(), "original")
+    values = intervention.intervention_values(effects)
     assert values["settings"]["massive"]["high_error"].value == pytest.approx(1)  # a black image has lost everything
     assert values["settings"]["random"]["high_error"].value == pytest.approx((0.125 + 3 * 0.25) / 4)
     (contrast,) = values["contrast"].values()
@@ -234,9 +258,10 @@ def test_intervention_values():
 def test_agreement_is_compared_with_the_originals_too():
     images = with_draws()
     judge = WhiteJudge(images["original"][:, 0, 0, 0])
-    contrast = intervention.intervention_values(intervention.image_effects(images, "original", judge), (4,))["contrast"]
+    contrast = intervention.intervention_values(measured_effects(images, "original", judge))["contrast"]
     right = (images["massive"][:, 0, 0, 0] == judge.conditions).mean()
-    assert list(contrast["massive - original"]) == ["agreement"] and "agreement" in contrast["massive - random"]
+    assert list(contrast["massive - original"]) == ["agreement", "detail_distance", "frechet"]
+    assert "agreement" in contrast["massive - random"] and "frechet" not in contrast["massive - random"]
     assert contrast["massive - original"]["agreement"].value == pytest.approx(right - 1)
 
 

@@ -11,9 +11,16 @@ from scipy.linalg import sqrtm
 
 from dgbook.measures.classifier import agreement, inception_score
 from dgbook.measures.features import efficientnet_features
-from dgbook.measures.frechet import frechet_distance
+from dgbook.measures.frechet import frechet_contributions, frechet_distance, frechet_distance_to
 from dgbook.measures.precision_recall import precision_recall
-from dgbook.measures.spectrum import band_error, high_frequency_energy, luminance, radial_power_spectrum, sharpness
+from dgbook.measures.spectrum import (
+    band_error,
+    detail_distance,
+    high_frequency_energy,
+    luminance,
+    radial_power_spectrum,
+    sharpness,
+)
 from dgkit.errors import DgkitError
 
 # Spectra --------------------------------------------------------------------------------------------------------------
@@ -142,6 +149,74 @@ def test_frechet_distance_of_commuting_covariances_has_a_closed_form():
     assert frechet_distance(a, b) == pytest.approx(1**2 + 2**2 + 2**2 + 1.5**2)
 
 
+def test_contributions_to_the_frechet_distance_are_its_derivatives() -> None:
+    """By weighing one sample a little more than the others, in float64; their mean is the distance."""
+    rng = np.random.default_rng(0)
+    sample, mean = rng.normal(size=(40, 3)) * [1, 2, 3], np.array([0.5, 0, -1])
+    covariance = np.cov(rng.normal(size=(30, 3)), rowvar=False)
+    found = frechet_contributions(sample, mean, covariance)
+    distance = frechet_distance_to(sample, mean, covariance)
+    assert found.mean() == pytest.approx(distance)
+
+    def weighed(weights):
+        own_mean = weights @ sample / weights.sum()
+        centred = sample - own_mean
+        own = (weights * centred.T) @ centred / weights.sum() * 40 / 39
+        return ((own_mean - mean) ** 2).sum() + np.trace(own + covariance - 2 * sqrtm(own @ covariance).real)
+
+    for i in (0, 7, 39):
+        more, less = np.ones(40), np.ones(40)
+        more[i] += 1e-4
+        less[i] -= 1e-4
+        slope = (weighed(more) - weighed(less)) / 2e-4
+        assert found[i] == pytest.approx(distance + 40 * slope, rel=1e-3)
+
+
+def test_contributions_have_the_spread_of_resampled_distances() -> None:
+    rng = np.random.default_rng(1)
+    sample, mean, covariance = rng.normal(0.3, 1.2, (300, 4)), np.zeros(4), np.eye(4)
+    found = frechet_contributions(sample, mean, covariance)
+    drawn = [frechet_distance_to(sample[rng.integers(300, size=300)], mean, covariance) for _ in range(400)]
+    assert found.std() / np.sqrt(300) == pytest.approx(np.std(drawn), rel=0.15)
+
+
+def test_detail_distance_of_images_by_hand() -> None:
+    """Half the contrast: 6.02 dB less power in every ring. Twice the power in one ring of n: 3.01 dB / sqrt(n)."""
+    rng = np.random.default_rng(2)
+    images = 0.5 + 0.2 * rng.uniform(-1, 1, (5, 28, 28))
+    power, frequencies = radial_power_spectrum(grey(images))
+    real = power.mean(0)
+    assert detail_distance(grey(images), real) == pytest.approx(np.zeros(5), abs=1e-9)
+    flatter = 0.5 + (images - 0.5) / 2
+    assert detail_distance(grey(flatter), real).mean() == pytest.approx(20 * np.log10(2))
+    above = frequencies > 0.125
+    doubled = real.copy()
+    doubled[np.flatnonzero(above)[3]] *= 2
+    assert detail_distance(grey(images), doubled).mean() == pytest.approx(10 * np.log10(2) / np.sqrt(above.sum()))
+    low = real.copy()
+    low[~above] *= 7  # what is no detail does not count
+    assert detail_distance(grey(images), low) == pytest.approx(np.zeros(5), abs=1e-9)
+
+
+def test_contributions_to_the_detail_distance_are_its_derivatives() -> None:
+    rng = np.random.default_rng(4)
+    images = grey(0.5 + 0.2 * rng.uniform(-1, 1, (6, 28, 28)))
+    real = radial_power_spectrum(images)[0].mean(0) * rng.uniform(0.3, 3, 15)
+    power, frequencies = radial_power_spectrum(images)
+    above = frequencies > 0.125
+
+    def weighed(weights):
+        mean = weights @ power[:, above] / weights.sum()
+        return np.sqrt((10 * np.log10(mean / real[above])) ** 2 @ np.ones(above.sum()) / above.sum())
+
+    found = detail_distance(images, real)
+    assert found.mean() == pytest.approx(weighed(np.ones(6)))
+    more, less = np.ones(6), np.ones(6)
+    more[2] += 1e-5
+    less[2] -= 1e-5
+    assert found[2] == pytest.approx(found.mean() + 6 * (weighed(more) - weighed(less)) / 2e-5, rel=1e-4)
+
+
 def test_frechet_distance_with_fewer_samples_than_features():
     a = np.random.default_rng(0).normal(size=(5, 20))
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
@@ -192,6 +267,9 @@ def test_precision_recall_in_pieces_is_the_same(monkeypatch):
     "call",
     [
         lambda: frechet_distance(np.zeros((1, 3)), np.zeros((5, 3))),
+        lambda: detail_distance(np.full((2, 28, 28, 3), 7, np.uint8), np.ones(15)),
+        lambda: detail_distance(np.zeros((2, 28, 28, 3), np.uint8), np.ones(14)),
+        lambda: detail_distance(np.zeros((2, 28, 28, 3), np.uint8), np.zeros(15)),
         lambda: frechet_distance(np.zeros((5, 3)), np.zeros((5, 4))),
         lambda: frechet_distance(np.zeros(5), np.zeros((5, 1))),
         lambda: frechet_distance(np.full((5, 3), np.inf), np.zeros((5, 3))),

@@ -29,6 +29,9 @@ class Bright:
     def __init__(self, threshold: float) -> None:
         self.threshold = threshold
 
+    def first(self, count: int) -> "Bright":
+        return self
+
     def agreement(self, images: np.ndarray) -> np.ndarray:
         return images.mean((1, 2, 3)) > self.threshold
 

@@ -1,11 +1,25 @@
 """Intervals and shares of variance against scipy, hand formulas and simulated coverage."""
 
+import math
+
 import numpy as np
 import pytest
-from scipy.stats import binomtest, norm
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import binomtest, norm, ttest_1samp
 
 from dgbook.measures import stats
-from dgbook.measures.stats import Interval, bootstrap, paired_bootstrap, variance_explained, wilson, win_probability
+from dgbook.measures.stats import (
+    Interval,
+    bootstrap,
+    holm,
+    p_value,
+    paired_bootstrap,
+    rank_p_value,
+    variance_explained,
+    wilson,
+    win_probability,
+)
 from dgkit.errors import DgkitError
 
 
@@ -187,3 +201,43 @@ def test_without_labels_the_image_share_is_class_and_image_together():
 def test_bad_input_is_refused(call):
     with pytest.raises(DgkitError):
         call()
+
+
+def test_p_value_of_a_mean_is_that_of_a_t_test_where_images_are_many() -> None:
+    rng = np.random.default_rng(3)
+    for shift in (0.0, 0.1, 0.2, -0.15):
+        values = rng.normal(shift, 1, 400)
+        expected = ttest_1samp(values, 0).pvalue
+        assert p_value(values, 0) == pytest.approx(expected, abs=0.02)
+
+
+def test_p_value_is_never_zero_and_one_at_the_bound() -> None:
+    assert p_value(np.full(10, 3.0), 0) == pytest.approx(2 / 10_001)
+    assert p_value(np.full(10, 3.0), 3) == 1
+
+
+@pytest.mark.parametrize(("wins", "n", "bound"), [(0, 100, 0.1), (3, 50, 0.1), (20, 60, 0.1), (5, 50, 0.1)])
+def test_p_value_of_a_share_is_the_exact_binomials(wins: int, n: int, bound: float) -> None:
+    values = np.arange(n) < wins
+    at_most = sum(math.comb(n, k) * bound**k * (1 - bound) ** (n - k) for k in range(wins + 1))
+    at_least = 1 - at_most + math.comb(n, wins) * bound**wins * (1 - bound) ** (n - wins)
+    assert p_value(values, bound, share=True) == pytest.approx(min(1, 2 * min(at_most, at_least)))
+
+
+def test_rank_p_value_counts_the_draws_as_large() -> None:
+    assert rank_p_value(5, [1, 2, 5, 7]) == pytest.approx(3 / 5)
+    assert rank_p_value(9, [1, 2, 5, 7]) == pytest.approx(1 / 5)
+
+
+def test_holm_by_hand() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.5, 0.9]) == pytest.approx([1, 1]) and len(holm([])) == 0
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
+def test_holm_keeps_the_order_and_never_lowers_a_p_value(p: list[float]) -> None:
+    adjusted = holm(p)
+    assert (adjusted >= np.array(p) - 1e-12).all() and (adjusted <= 1).all()
+    order = np.argsort(p, kind="stable")
+    assert (np.diff(adjusted[order]) >= 0).all()
+    assert adjusted.min() == pytest.approx(min(1, len(p) * min(p)))  # Bonferroni's for the smallest
