@@ -1,6 +1,5 @@
 """The pages made from data: what they say has to be in the result files, and nothing may be left out."""
 
-import dataclasses
 import inspect
 import json
 import re
@@ -20,7 +19,7 @@ from dgbook.claims.results import Result
 from dgbook.claims.verdicts import parts
 from dgbook.markdown import plain, table
 from dgbook.measures.stats import Interval
-from dgbook.pages import across, at_scale, beside, exhibits, measured, runs, trainings, verdicts
+from dgbook.pages import across, at_scale, beside, exhibits, measured, runs, verdicts
 from dgbook.pages.text import ZOO, on_models
 from dgbook.pages.verdicts import Evidence
 from dgbook.paper_scale import protocol, reproduce
