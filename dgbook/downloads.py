@@ -18,7 +18,8 @@ from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
 from dgbook.files import write_whole
-from dgkit.errors import DataError
+from dgkit.errors import DataError, first_line
+from dgkit.files import read_text
 
 pooch.get_logger().setLevel("WARNING")  # it would tell programmers what to do with each hash
 
@@ -112,7 +113,7 @@ def check_first_use(name: str, found: str) -> None:
     note = cache_dir() / "first-use" / f"{name}.sha256"
     if not note.is_file():
         write_whole(note, found + "\n")
-    noted = note.read_text().strip()
+    noted = read_text(note).strip()
     if found != noted:
         raise DataError(
             f"{name} has SHA-256 {found}, not {noted} as at its first use on this machine (noted in {note})"
@@ -178,6 +179,6 @@ def _reach(url: str) -> None:
 def _not_here(item: Published, error: Exception) -> NotHere:
     return NotHere(
         f"{item.hub or item.url}: {item.files[0]} is not on this machine and could not be downloaded "
-        f"({str(error).splitlines()[0] if str(error) else type(error).__name__}). On a machine with a network: "
+        f"({first_line(error)}). On a machine with a network: "
         f"{item.command} ({item.gigabytes:g} GB, {item.licence})"
     )

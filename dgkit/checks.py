@@ -55,6 +55,11 @@ def number(
     refuse(name, value, allowed or f"give {limits}" + ", or infinity" * infinite)
 
 
+def text(name: str, value: Any) -> str:
+    """A string, which may be empty."""
+    return value if isinstance(value, str) else refuse(name, value, "give a string")
+
+
 def one_of(name: str, value: Any, choices: Iterable[str]) -> str:
     """One of `choices`."""
     if value not in (known := tuple(choices)):

@@ -15,3 +15,8 @@ class LoadError(DgkitError):
 
 class ModelError(DgkitError):
     """The pipeline or transformer is of a class, or in a state, that dgkit cannot work with."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error of another library, or what it is if it says nothing."""
+    return (repr(error) if isinstance(error, LookupError) else str(error).strip() or repr(error)).splitlines()[0]

@@ -32,7 +32,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
-from dgkit.errors import LoadError
+from dgkit.errors import LoadError, first_line
 
 # what reading damaged or foreign files raises in diffusers, transformers and safetensors
 _UNREADABLE = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, SafetensorError)
@@ -142,18 +142,14 @@ def _advice(error: BaseException, repo: str, licence: str, download: str, offlin
     if any("custom code" in str(e) for e in causes):
         return f"{repo} needs code of its own, and dgkit runs no code from the hub"
     if any_is(EntryNotFoundError) and not offline:
-        return f"{repo} is not a diffusers pipeline: {_first_line(error)}"
+        return f"{repo} is not a diffusers pipeline: {first_line(error)}"
     reached = "is switched off (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else "cannot be reached"
     if offline:
         return (
             f"{repo} is not completely on this machine and the hub {reached}: run `hf download {download}` on a "
             f"machine with a network, and copy its ~/.cache/huggingface/hub to {constants.HF_HUB_CACHE}"
         )
-    return f"{repo} could not be downloaded: {_first_line(error)}"
-
-
-def _first_line(error: BaseException) -> str:
-    return (repr(error) if isinstance(error, LookupError) else str(error).strip() or repr(error)).splitlines()[0]
+    return f"{repo} could not be downloaded: {first_line(error)}"
 
 
 # ------------------------------------------------------------------------------------------------------------ from disk
@@ -211,7 +207,7 @@ class Single:
                 kinds = {part.get_dtype() for part in slices.values()}
                 shapes = {name: part.get_shape() for name, part in slices.items()}
         except (OSError, SafetensorError) as error:
-            raise LoadError(f"{path} could not be read: {_first_line(error)}") from error
+            raise LoadError(f"{path} could not be read: {first_line(error)}") from error
         if foreign := sorted(kinds - {"F32", "F16", "BF16", "F64", "I64"}):
             raise LoadError(
                 f"{path} has {', '.join(foreign)} weights, with which the activations are others: give a 16-bit file"
@@ -255,7 +251,7 @@ class Single:
                     **options,
                 )  # fmt: skip
         except _UNREADABLE as error:
-            reason = "weights are missing" if "meta tensor" in str(error) else _first_line(error)
+            reason = "weights are missing" if "meta tensor" in str(error) else first_line(error)
             raise LoadError(f"{self.path} could not be loaded as {self.transformer}: {reason}") from error
 
 
@@ -285,7 +281,7 @@ def read(folder: Path, dtype: torch.dtype, single: Single | None = None) -> Any:
         advice = ""
         if "no file named" in str(error) and any(folder.glob("*/*.bin")):
             advice = "; it has pickles, which dgkit does not open: convert them to safetensors"
-        raise LoadError(f"{folder} could not be loaded: {_first_line(error)}{advice}") from error
+        raise LoadError(f"{folder} could not be loaded: {first_line(error)}{advice}") from error
 
 
 def _variant(folder: Path) -> str | None:

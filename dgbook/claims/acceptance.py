@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 
 from dgbook.claims.results import ACCEPTED, Record, as_numbers, leaves, read
+from dgkit.checks import number
 from dgkit.errors import DgkitError
+from dgkit.files import read_text
 
 TOLERANCES = ACCEPTED / "tolerances.toml"
 
@@ -24,6 +26,10 @@ class Tolerance:
     abs: float = 0.0
     rel: float = 0.0
     ignore: bool = False
+
+    def __post_init__(self) -> None:
+        number("abs", self.abs, 0)
+        number("rel", self.rel, 0)
 
 
 class Tolerances:
@@ -38,12 +44,12 @@ class Tolerances:
 
     def __init__(self, path: Path = TOLERANCES) -> None:
         try:
-            table = tomllib.loads(path.read_text())
+            table = tomllib.loads(read_text(path))
             self.default = Tolerance(**table.pop("default", {}))
             self.keys = {pattern: Tolerance(**entry) for pattern, entry in table.pop("keys", {}).items()}
             if table:
                 raise TypeError(f"unknown table {next(iter(table))!r}")
-        except (OSError, tomllib.TOMLDecodeError, TypeError) as error:
+        except (ValueError, TypeError, AttributeError) as error:
             raise DgkitError(f"{path} is not a table of tolerances: {error}") from error
 
     def __call__(self, name: str, exact: bool) -> Tolerance:

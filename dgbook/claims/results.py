@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,7 +19,9 @@ from dgbook.claims.provenance import provenance
 from dgbook.files import replacing, write_whole
 from dgbook.measures.stats import Interval
 from dgbook.paths import results_dir, safe_name
-from dgkit.errors import DgkitError
+from dgbook.readers import read_npz
+from dgkit.errors import DataError, DgkitError
+from dgkit.files import read_json
 from dgkit.paths import DATA
 from dgkit.zoo import MODELS
 
@@ -268,7 +269,9 @@ def read(path: Path) -> Record:
     """
     beside = path.with_suffix(".npz")
     try:
-        arrays = dict(np.load(beside)) if beside.is_file() else {}
-        return Record(**json.loads(path.read_text()), arrays=arrays)
-    except (OSError, TypeError, ValueError, BadZipFile) as error:
+        record = Record(**read_json(path), arrays=read_npz(beside) if beside.is_file() else {})
+        if not all(isinstance(part, dict) for part in (record.parameters, record.provenance, record.values)):
+            raise TypeError("its parameters, provenance and values must be tables")
+    except (DataError, TypeError) as error:
         raise DgkitError(f"{path} is not a result file: {error}") from error
+    return record

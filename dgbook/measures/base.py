@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dgkit.errors import DgkitError
+from dgkit.errors import DgkitError, first_line
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -57,6 +57,8 @@ class Scorer(ABC):
             DgkitError: images of another shape or type, not one prompt per image, or a score that is not finite.
         """
         array = as_images(images)
+        if not isinstance(prompts, Sequence) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise DgkitError(f"prompts={prompts!r} is not allowed: give a list of texts")
         if isinstance(prompts, str) or len(prompts) != len(array):
             raise DgkitError(f"give one prompt per image, got {len(prompts)} prompts and {len(array)} images")
         with full_float32():
@@ -99,7 +101,10 @@ def as_images(images: Any) -> NDArray[np.uint8]:
     Raises:
         DgkitError: another shape or type.
     """
-    array = np.ascontiguousarray(images)
+    try:
+        array = np.ascontiguousarray(images)
+    except (TypeError, ValueError) as error:  # ragged, or a tensor on a GPU
+        raise DgkitError(f"images is not an array: {first_line(error)}") from error
     if array.ndim != 4 or array.shape[-1] != 3 or 0 in array.shape or array.dtype != np.uint8:
         raise DgkitError(f"images has shape {array.shape}, {array.dtype}: (N, H, W, 3) in uint8 is needed")
     return array

@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from scipy.special import log_softmax, logsumexp
 from torch import Tensor, nn
 
 from dgbook.measures import datasets
-from dgkit.errors import DgkitError, LoadError
+from dgbook.measures.arrays import numbers
+from dgbook.readers import read_weights
+from dgkit.checks import integer
+from dgkit.errors import DataError, DgkitError, LoadError, first_line
 from dgkit.paths import DATA
 
 FEATURES = 64
@@ -32,9 +33,8 @@ def inception_score(logits: Any, splits: int = 1) -> float:
     Raises:
         DgkitError: `logits` is not a finite table, or `splits` is not in 1..N.
     """
-    table = _logits(logits)
-    if not 1 <= splits <= len(table):
-        raise DgkitError(f"splits={splits} is not allowed: 1 to {len(table)} for that many images")
+    table = numbers("logits", logits, 2)
+    integer("splits", splits, 1, len(table))
     scores = []
     for part in np.array_split(log_softmax(table, axis=1), splits):
         marginal = logsumexp(part, axis=0) - np.log(len(part))
@@ -52,7 +52,7 @@ def agreement(logits: Any, labels: Any) -> NDArray[np.bool_]:
     Raises:
         DgkitError: `logits` is not a finite table, or `labels` has another length.
     """
-    table, classes = _logits(logits), np.asarray(labels)
+    table, classes = numbers("logits", logits, 2), np.asarray(labels)
     if classes.shape != (len(table),):
         raise DgkitError(f"labels has shape {classes.shape}: one label for each of {len(table)} images is needed")
     return table.argmax(axis=1) == classes
@@ -109,9 +109,9 @@ def load_classifier(folder: Path = DATA / "models" / "fashion-classifier") -> Fa
         raise LoadError(f"folder={str(folder)!r} is not allowed: {path.name} of a FashionClassifier is missing there")
     model = FashionClassifier()
     try:
-        model.load_state_dict(load_file(path))
-    except (SafetensorError, RuntimeError) as error:
-        raise LoadError(f"{path} does not hold the weights of a FashionClassifier: {error}") from error
+        model.load_state_dict(read_weights(path))
+    except (DataError, RuntimeError) as error:
+        raise LoadError(f"{path} does not hold the weights of a FashionClassifier: {first_line(error)}") from error
     return model.requires_grad_(False).eval()
 
 
@@ -123,10 +123,3 @@ def fashion_classifier() -> FashionClassifier:
         DgkitError: its weights are missing or do not fit.
     """
     return load_classifier()
-
-
-def _logits(logits: Any) -> NDArray[np.float64]:
-    table = np.asarray(logits, dtype=np.float64)
-    if table.ndim != 2 or 0 in table.shape or not np.isfinite(table).all():
-        raise DgkitError(f"logits has shape {table.shape}: a finite table (images, classes) is needed")
-    return table

@@ -6,6 +6,7 @@ import os
 import shutil
 import urllib.request
 import zipfile
+import zlib
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO
@@ -15,7 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dgkit.errors import DataError
+from dgbook.readers import read_npz
+from dgkit.errors import DataError, first_line
 
 FASHION_MNIST = "Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747), MIT licence"
 
@@ -58,8 +60,8 @@ def fashion_mnist(split: str) -> tuple[Tensor, Tensor]:
         folders.insert(0, Path(os.environ["DGKIT_DATA_DIR"]) / "fashion-mnist")
     folder = next((f for f in folders if f.is_dir()), None)
     if folder is not None:
-        images = _read_idx(folder / f"{prefix}-images-idx3-ubyte.gz", header=16).reshape(-1, 1, 28, 28)
-        labels = _read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", header=8)
+        images = _read_idx(folder / f"{prefix}-images-idx3-ubyte.gz", 16, (-1, 1, 28, 28))
+        labels = _read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", 8, (-1,))
     else:
         from torchvision.datasets import FashionMNIST
 
@@ -88,11 +90,10 @@ def dungeon_tiles() -> tuple[Tensor, list[str]]:
         files.insert(0, Path(os.environ["DGKIT_DATA_DIR"]) / DUNGEON_TILES_FILE)
     file = next((f for f in files if f.is_file()), None)
     if file is not None:
-        try:
-            with np.load(file) as content:
-                images, paths = content["images"], content["paths"].tolist()
-        except (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile) as error:
-            raise DataError(f"{file} is not a file of images and paths: {error}") from error
+        content = read_npz(file, ("images", "paths"))
+        if len(content) < 2:
+            raise DataError(f"{file} is not a file of images and paths")
+        images, paths = content["images"], [str(path) for path in content["paths"].ravel()]
         _check_dungeon_tiles(images, paths, str(file))
     else:
         with TemporaryFile() as archive:
@@ -148,8 +149,11 @@ def as_samples(images: Tensor) -> Tensor:
     return images.movedim(1, -1).expand(-1, -1, -1, 3)
 
 
-def _read_idx(path: Path, header: int) -> np.ndarray:
+def _read_idx(path: Path, header: int, shape: tuple[int, ...]) -> np.ndarray:
     """The values of a gzipped IDX file after its `header` bytes."""
     if not path.is_file():
         raise DataError(f"{path} is missing; the folder has to hold the four files of Fashion-MNIST")
-    return np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=header).copy()
+    try:
+        return np.frombuffer(gzip.decompress(path.read_bytes()), np.uint8, offset=header).reshape(shape).copy()
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise DataError(f"{path} is not a whole file of Fashion-MNIST: {first_line(error)}") from error

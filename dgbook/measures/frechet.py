@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from dgbook.measures.arrays import numbers
 from dgkit.errors import DgkitError
 
 
@@ -23,7 +24,7 @@ def frechet_distance(features_a: Any, features_b: Any) -> float:
     Raises:
         DgkitError: fewer than 2 samples, different widths, or features that are not finite.
     """
-    a, b = _checked(features_a, "features_a"), _checked(features_b, "features_b")
+    a, b = numbers("features_a", features_a, 2, 2), numbers("features_b", features_b, 2, 2)
     if a.shape[1] != b.shape[1]:
         raise DgkitError(f"features_a has {a.shape[1]} features and features_b {b.shape[1]}: they must agree")
     return frechet_distance_to(a, b.mean(axis=0), np.atleast_2d(np.cov(b, rowvar=False)))
@@ -33,18 +34,31 @@ def frechet_distance_to(features: Any, mean: Any, covariance: Any) -> float:
     """`frechet_distance` of a sample to a Gaussian whose `mean` (features,) and `covariance` are already known.
 
     Raises:
-        DgkitError: as for `frechet_distance`, or the three widths do not agree.
+        DgkitError: as for `frechet_distance`, also of `mean` and `covariance`; or the three widths do not agree, the
+            covariance is not symmetric, or the numbers are too large for squares in float64.
     """
-    sample, m, c = _checked(features, "features"), np.asarray(mean, np.float64), np.asarray(covariance, np.float64)
+    sample, m, c = numbers("features", features, 2, 2), numbers("mean", mean, 1), numbers("covariance", covariance, 2)
     width = sample.shape[1]
     if m.shape != (width,) or c.shape != (width, width):
         raise DgkitError(f"mean {m.shape} and covariance {c.shape} are not those of {width} features")
-    own = np.atleast_2d(np.cov(sample, rowvar=False))
-    values, vectors = np.linalg.eigh(own)
-    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
-    product = np.linalg.eigvalsh(root @ c @ root)
-    shift = sample.mean(axis=0) - m
-    return max(0.0, float(shift @ shift + np.trace(own) + np.trace(c) - 2 * np.sqrt(product.clip(0)).sum()))
+    if not np.allclose(c, c.T):  # of which only one half would be read
+        raise DgkitError("covariance is not symmetric: give one that is")
+    with np.errstate(over="ignore", invalid="ignore"):
+        try:
+            own = np.atleast_2d(np.cov(sample, rowvar=False))
+            values, vectors = np.linalg.eigh(own)
+            root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+            product = np.linalg.eigvalsh(root @ c @ root)
+            shift = sample.mean(axis=0) - m
+            distance = float(shift @ shift + np.trace(own) + np.trace(c) - 2 * np.sqrt(product.clip(0)).sum())
+        except np.linalg.LinAlgError:  # of infinities
+            distance = np.nan
+    if not np.isfinite(distance):
+        largest = max(np.abs(array).max() for array in (sample, m, c))
+        raise DgkitError(
+            f"features, mean or covariance up to {largest:g} are too large: their squares overflow float64"
+        )
+    return max(0.0, distance)
 
 
 def frechet_contributions(features: Any, mean: Any, covariance: Any) -> NDArray[np.float64]:
@@ -58,7 +72,7 @@ def frechet_contributions(features: Any, mean: Any, covariance: Any) -> NDArray[
         DgkitError: as for `frechet_distance_to`.
     """
     distance = frechet_distance_to(features, mean, covariance)
-    sample, m, c = _checked(features, "features"), np.asarray(mean, np.float64), np.asarray(covariance, np.float64)
+    sample, m, c = numbers("features", features, 2, 2), numbers("mean", mean, 1), numbers("covariance", covariance, 2)
     centred = sample - sample.mean(axis=0)
     own = np.atleast_2d(np.cov(sample, rowvar=False))
     values, vectors = np.linalg.eigh(c)
@@ -69,12 +83,3 @@ def frechet_contributions(features: Any, mean: Any, covariance: Any) -> NDArray[
     gradient = np.eye(len(c)) - root @ inverse @ root  # by the covariance; by the mean it is 2 (sample mean - m)
     spread = np.einsum("ni,ij,nj->n", centred, gradient, centred) * len(sample) / (len(sample) - 1)
     return distance + 2 * centred @ (sample.mean(axis=0) - m) + spread - np.trace(gradient @ own)
-
-
-def _checked(features: Any, name: str) -> NDArray[np.float64]:
-    array = np.asarray(features, dtype=np.float64)
-    if array.ndim != 2 or array.shape[0] < 2 or array.shape[1] < 1:
-        raise DgkitError(f"{name} has shape {array.shape}: (samples, features) with at least 2 samples is needed")
-    if not np.isfinite(array).all():
-        raise DgkitError(f"{name} holds values that are not finite")
-    return array

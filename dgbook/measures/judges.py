@@ -14,6 +14,8 @@ from dgbook.measures.frechet import frechet_contributions, frechet_distance_to
 from dgbook.measures.matcher import TileMatcher, load_matcher, matching_score
 from dgbook.measures.precision_recall import precision_recall
 from dgbook.measures.spectrum import detail_distance
+from dgbook.readers import read_weights
+from dgkit.files import read_lines
 from dgkit.paths import DATA
 from dgkit.zoo import row_of
 
@@ -153,7 +155,7 @@ def judge_set_scores(judge: FashionJudge, images: Any) -> dict[str, float]:
 @cache
 def tile_captions() -> tuple[str, ...]:
     """The captions of `data/prompts/dungeon-tiles.txt`."""
-    return tuple((DATA / "prompts" / "dungeon-tiles.txt").read_text().splitlines())
+    return tuple(read_lines(DATA / "prompts" / "dungeon-tiles.txt"))
 
 
 @cache
@@ -164,4 +166,4 @@ def _tile_matcher() -> TileMatcher:
 
 @cache
 def _reference(data: str) -> dict[str, NDArray[Any]]:
-    return load_file(DATA / "reference" / f"{data}.safetensors")
+    return read_weights(DATA / "reference" / f"{data}.safetensors", load_file)

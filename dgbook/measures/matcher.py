@@ -6,7 +6,6 @@ of Inception's.
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dgkit.errors import DgkitError, LoadError
+from dgbook.readers import read_weights
+from dgkit.errors import DgkitError, LoadError, first_line
+from dgkit.files import read_json
 from dgkit.paths import DATA
 
 FEATURES = 48
@@ -153,8 +152,8 @@ def load_matcher(folder: Path = DATA / "models" / "tile-matcher") -> TileMatcher
         if not path.is_file():
             raise LoadError(f"folder={str(folder)!r} is not allowed: {path.name} of a TileMatcher is missing there")
     try:
-        model = TileMatcher(json.loads(config.read_text())["vocabulary"].split())
-        model.load_state_dict(load_file(weights))
-    except (SafetensorError, RuntimeError, ValueError, KeyError) as error:
-        raise LoadError(f"{folder} does not hold a TileMatcher: {error}") from error
+        model = TileMatcher(read_json(config)["vocabulary"].split())
+        model.load_state_dict(read_weights(weights))
+    except (AttributeError, RuntimeError, ValueError, KeyError) as error:
+        raise LoadError(f"{folder} does not hold a TileMatcher: {first_line(error)}") from error
     return model.requires_grad_(False).eval()

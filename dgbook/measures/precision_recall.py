@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dgbook.measures.arrays import numbers
+from dgkit.checks import integer
 from dgkit.errors import DgkitError
 
 _ROWS = 1024  # distances are computed for so many rows at a time
@@ -32,9 +34,8 @@ def precision_recall(real: Any, generated: Any, k: int = 3) -> PrecisionRecall:
     Raises:
         DgkitError: a set has k samples or fewer, widths differ, or features are not finite.
     """
-    if k < 1:
-        raise DgkitError(f"k={k} is not allowed: a positive number of neighbours is needed")
-    a, b = _checked(real, "real", k), _checked(generated, "generated", k)
+    rows = integer("k", k, 1) + 1
+    a, b = (torch.from_numpy(numbers(n, v, 2, rows)) for n, v in (("real", real), ("generated", generated)))
     if a.shape[1] != b.shape[1]:
         raise DgkitError(f"real has {a.shape[1]} features and generated {b.shape[1]}: they must agree")
     return PrecisionRecall(precision=_covered(b, a, k), recall=_covered(a, b, k))
@@ -45,12 +46,3 @@ def _covered(samples: Tensor, manifold: Tensor, k: int) -> float:
     radii = torch.cat([torch.cdist(rows, manifold).kthvalue(k + 1).values for rows in manifold.split(_ROWS)])
     inside = [(torch.cdist(rows, manifold) <= radii).any(dim=1) for rows in samples.split(_ROWS)]
     return torch.cat(inside).double().mean().item()
-
-
-def _checked(features: Any, name: str, k: int) -> Tensor:
-    array = torch.as_tensor(features).double()
-    if array.ndim != 2 or len(array) <= k:
-        raise DgkitError(f"{name} has shape {tuple(array.shape)}: (samples, features) with more than k={k} samples")
-    if not array.isfinite().all():
-        raise DgkitError(f"{name} holds values that are not finite")
-    return array

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import fft, ndimage
 
-from dgkit.errors import DgkitError
+from dgkit.errors import DgkitError, first_line
 
 Array = NDArray[np.float64]
 
@@ -30,7 +30,10 @@ def luminance(images: Any) -> Array:
     Raises:
         DgkitError: another shape or type, or values outside [0, 1].
     """
-    array = np.asarray(images)
+    try:
+        array = np.asarray(images)
+    except (TypeError, ValueError) as error:  # ragged, or a tensor on a GPU
+        raise DgkitError(f"images is not an array: {first_line(error)}") from error
     if array.ndim != 4 or array.shape[-1] != 3 or 0 in array.shape:
         raise DgkitError(f"images has shape {array.shape}: (N, H, W, 3) is needed")
     if array.dtype == np.uint8:

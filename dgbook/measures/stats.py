@@ -5,12 +5,13 @@ seed, percentile intervals at 95 % (Efron and Tibshirani 1993, chapter 13).
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
+from dgbook.measures.arrays import numbers
 from dgkit.errors import DgkitError
 
 RESAMPLES = 10_000
@@ -41,7 +42,7 @@ def bootstrap(values: ArrayLike, statistic: Literal["mean", "median"] = "mean") 
     """
     if statistic not in ("mean", "median"):
         raise DgkitError(f'statistic={statistic!r} is not allowed: use "mean" or "median"')
-    sample = _finite(values, "values", axes=1)
+    sample = numbers("values", values, 1, 2)
     function = np.mean if statistic == "mean" else np.median
     with np.errstate(invalid="ignore"):  # scipy's standard error of constant values, which is not used
         interval = stats.bootstrap(
@@ -64,7 +65,7 @@ def mean(values: ArrayLike) -> Interval:
     Raises:
         DgkitError: as for `bootstrap`.
     """
-    sample = _finite(values, "values", axes=1)
+    sample = numbers("values", values, 1, 2)
     return wilson(sample.sum(), len(sample)) if np.isin(sample, (0, 1)).all() else bootstrap(sample)
 
 
@@ -142,7 +143,7 @@ def variance_explained(
         DgkitError: fewer than two images or timesteps, values that are not finite or all equal, labels of another
             length, or a class with a single image.
     """
-    table = _finite(values, "values", axes=2)
+    table = numbers("values", values, 2, 2)
     images, timesteps = table.shape
     if timesteps < 2:
         raise DgkitError(f"values has {timesteps} timestep: at least 2 are needed")
@@ -200,7 +201,7 @@ def p_value(values: ArrayLike, bound: float, *, share: bool = False) -> float:
     Raises:
         DgkitError: as for `bootstrap`.
     """
-    sample = _finite(values, "values", axes=1)
+    sample = numbers("values", values, 1, 2)
     if share:
         tails = (stats.binomtest(int(sample.sum()), len(sample), bound, side).pvalue for side in ("less", "greater"))
         return min(1.0, 2 * min(tails))
@@ -214,7 +215,7 @@ def p_value(values: ArrayLike, bound: float, *, share: bool = False) -> float:
 
 def rank_p_value(value: float, drawn: ArrayLike) -> float:
     """One-sided p of `value` being no larger than one of the draws (n,): (1 + those as large) / (1 + n)."""
-    sample = _finite(drawn, "drawn", axes=1)
+    sample = numbers("drawn", drawn, 1, 2)
     return float(1 + (sample >= value).sum()) / (1 + len(sample))
 
 
@@ -233,16 +234,7 @@ def _percentiles(replicates: NDArray[np.float64]) -> Interval:
 
 
 def _pair(a: ArrayLike, b: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    first, second = _finite(a, "a", axes=1), _finite(b, "b", axes=1)
+    first, second = numbers("a", a, 1, 2), numbers("b", b, 1, 2)
     if len(first) != len(second):
         raise DgkitError(f"a has {len(first)} values and b {len(second)}: a paired comparison needs the same images")
     return first, second
-
-
-def _finite(values: Any, name: str, axes: int) -> NDArray[np.float64]:
-    array = np.asarray(values, dtype=np.float64)
-    if array.ndim != axes or len(array) < 2:
-        raise DgkitError(f"{name} has shape {array.shape}: {axes} axes and at least 2 images are needed")
-    if not np.isfinite(array).all():
-        raise DgkitError(f"{name} holds {np.count_nonzero(~np.isfinite(array))} values that are not finite")
-    return array

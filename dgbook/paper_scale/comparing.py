@@ -7,6 +7,7 @@ import numpy as np
 from scipy.stats import t as student
 
 from dgbook.measures import stats
+from dgbook.measures.arrays import numbers
 from dgbook.measures.stats import Interval
 from dgbook.paper_scale.row import Row
 from dgbook.paper_scale.scoring import Array, Measured, Table
@@ -130,7 +131,12 @@ def verdict(ours: Interval, neutral: float, claim: int | None) -> str:
 
 
 def over_blocks(values: Array) -> Interval:
-    """Mean of one value per seed block (n,), with Student's 95 % interval of n - 1 degrees of freedom."""
+    """Mean of one value per seed block (n,), with Student's 95 % interval of n - 1 degrees of freedom.
+
+    Raises:
+        DgkitError: a single block, or values that are not finite.
+    """
+    values = numbers("values", values, 1, 2)
     mean, error = float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values)))
     reach = float(student.ppf((1 + stats.LEVEL) / 2, len(values) - 1)) * error
     return Interval(mean, mean - reach, mean + reach)

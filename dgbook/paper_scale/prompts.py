@@ -22,8 +22,11 @@ import pandas as pd
 from huggingface_hub import snapshot_download
 
 from dgbook.downloads import Published, check_first_use, fetch
+from dgbook.paper_scale.generate.job import SEEDS
+from dgbook.readers import read_table
 from dgkit import checks
-from dgkit.errors import DataError, DgkitError
+from dgkit.errors import DataError
+from dgkit.files import read_json, read_lines
 from dgkit.paths import DATA
 
 
@@ -54,6 +57,17 @@ HPS_PER_STYLE = 800
 PICKAPIC_PROMPTS = 500
 IMAGENET_CLASSES = 1_000
 IMAGENET_IMAGES = 50_000
+
+_NOT_LINES = (
+    ".json",
+    ".jsonl",
+    ".tsv",
+    ".parquet",
+    ".xlsx",
+    ".yaml",
+    ".yml",
+    ".toml",
+)  # files of prompts, but no lines
 
 PICKAPIC = "yuvalkirstain/pickapic_v1_no_images"
 
@@ -90,29 +104,27 @@ def read_conditions(prompts: str | None, classes: str | None) -> tuple[list[Any]
     """Conditions and their name from what a command line gives: one of the two.
 
     Args:
-        prompts: the name of a prompt set, or a text file with one prompt per line.
+        prompts: the name of a prompt set, a text file with one prompt per line, or a CSV file with a column "prompt".
         classes: class ids, "FIRST-LAST".
 
     Raises:
-        DgkitError: neither a set nor a file, an empty line in the file, or no range.
+        DgkitError: neither a set nor such a file, an empty line or prompt in the file, or no range.
     """
     if classes is not None:
         found = re.fullmatch(r"(\d+)-(\d+)", classes)
-        if not found or int(found[2]) < int(found[1]):
-            checks.refuse("classes", classes, "give FIRST-LAST, such as 0-999")
+        if not found or not int(found[1]) <= int(found[2]) < SEEDS:
+            checks.refuse("classes", classes, f"give FIRST-LAST below {SEEDS}, such as 0-999")
         return list(range(int(found[1]), int(found[2]) + 1)), ""
     if prompts in SETS:
         return [prompt.condition for prompt in load(prompts)], prompts
     path = Path(prompts or "")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        sets = ", ".join(SETS)
-        raise DgkitError(f"prompts={prompts!r} is not allowed: give a text file, or a set: {sets} ({error})") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            raise DgkitError(f"{path}, line {number} is empty: give one prompt per line")
-    return list(lines), path.stem
+    if not path.is_file():
+        checks.refuse("prompts", prompts, f"give a text file, a .csv file, or a set: {', '.join(SETS)}")
+    if path.suffix.lower() == ".csv":
+        return [row["prompt"] for _, row in read_table(path, ["prompt"])], path.stem
+    if path.suffix.lower() in _NOT_LINES:
+        checks.refuse("prompts", prompts, "give one prompt per line of text, or a .csv file with a column prompt")
+    return list(read_lines(path)), path.stem
 
 
 def fingerprint(prompts: Sequence[Prompt]) -> str:
@@ -122,8 +134,7 @@ def fingerprint(prompts: Sequence[Prompt]) -> str:
 
 
 def _shipped(name: str) -> list[Prompt]:
-    lines = (DATA / "prompts" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
-    return [Prompt(i, line) for i, line in enumerate(lines)]
+    return [Prompt(i, line) for i, line in enumerate(read_lines(DATA / "prompts" / f"{name}.txt"))]
 
 
 def _imagenet() -> list[Prompt]:
@@ -142,11 +153,8 @@ def _hps() -> list[Prompt]:
 
 
 def _list_of_texts(path: Path) -> list[str]:
-    try:
-        texts = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON: {error}") from error
-    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+    texts = read_json(path, list)
+    if not texts or not all(isinstance(text, str) for text in texts):
         raise DataError(f"{path} is not a list of prompts")
     return texts
 

@@ -23,6 +23,7 @@ from dgbook.paper_scale.generate.store import Store, load_images
 from dgbook.paper_scale.row import Row
 from dgbook.paper_scale.scores.sets import Features, Inception, Reference, imagenet_reference, set_scores
 from dgkit.errors import DgkitError
+from dgkit.files import read_json
 
 Array = NDArray[np.float64]
 
@@ -192,8 +193,8 @@ def _kept(folder: Path, name: str, identity: str, compute: Callable[[], Any]) ->
     """What `compute` returns (as JSON has it), kept in the run's folder for as long as `identity` is the same."""
     path = folder / "scores" / f"{name}.json"
     if path.is_file():
-        kept = json.loads(path.read_text())
-        if kept["id"] == identity:
+        kept = read_json(path)
+        if kept.get("id") == identity:
             return kept["values"]
     values = compute()
     write_whole(path, json.dumps({"id": identity, "values": values}))

@@ -212,7 +212,7 @@ def test_classes_that_are_no_range(classes: str) -> None:
 
 
 def test_prompts_that_are_none(tmp_path: Path) -> None:
-    with pytest.raises(DgkitError, match="'nowhere' is not allowed: give a text file, or a set: pickapic"):
+    with pytest.raises(DgkitError, match="'nowhere' is not allowed: give a text file, a .csv file, or a set: pickapic"):
         read_conditions("nowhere", None)
     file = tmp_path / "gap.txt"
     file.write_text("one\n\ntwo\n")

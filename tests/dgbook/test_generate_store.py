@@ -154,7 +154,7 @@ def test_no_folder_of_a_run(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not the folder of a run"):
         Store(tmp_path)
     (tmp_path / "manifest.json").write_text("[]")
-    with pytest.raises(DataError, match="is no job"):
+    with pytest.raises(DataError, match="is not a JSON object"):
         load_images(tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(DgkitError, match="cannot be written"):

@@ -170,7 +170,7 @@ def test_scores_of_too_few_images_carry_the_reason(inception: Inception) -> None
     assert "no images" in scores["precision"].reason and "no images" in scores["recall"].reason
     assert "no reference" in sets.set_scores(inception, few, None)["fid"].reason
     three = Features(few.pool[:3], few.logits[:3])
-    assert "more than k=3" in sets.set_scores(inception, three, reference(sample(9, 0)))["recall"].reason
+    assert "at least 4 images" in sets.set_scores(inception, three, reference(sample(9, 0)))["recall"].reason
 
 
 # References -----------------------------------------------------------------------------------------------------------
@@ -199,5 +199,5 @@ def test_a_file_that_is_no_reference_is_refused(content: bytes | None, inception
         path.write_bytes(content)
     else:
         np.savez(path, other=IMAGES)
-    with pytest.raises(DataError, match="arr_0"):
+    with pytest.raises(DataError, match="arr_0|not a whole npz"):
         sets.read_reference(path, inception, "broken")

@@ -78,7 +78,7 @@ def test_hps_prompts(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["a"] * 799, "has 799 prompts, 800"),
         (["a"] * 799 + [""], "prompt 2399 is empty"),
         (["a"] * 799 + [1], "not a list of prompts"),
-        ({"a": "b"}, "not a list of prompts"),
+        ({"a": "b"}, "is not a JSON list"),
         ([], "not a list of prompts"),
         (b"[", "not JSON"),
     ],

@@ -246,18 +246,18 @@ def test_a_spreadsheets_mark_is_no_error(tmp_path: Path, key: Path) -> None:
 
 GOOD = row("ann", "p0", "color_consistency", "a")
 MALFORMED = {
-    "its first line must be study,annotator": lambda path: path.write_text("a;b;c\n1;2;3\n"),
-    "its first line must be": lambda path: path.write_text(""),
-    "holds no answers": lambda path: write(path, []),
+    "its first line must name study,annotator": lambda path: path.write_text("a;b;c\n1;2;3\n"),
+    "its first line must name": lambda path: path.write_text(""),
+    "has no rows": lambda path: write(path, []),
     "line 3 does not have 7 values": lambda path: write(path, [GOOD, GOOD[:-1]]),
     "line 2 does not have 7 values": lambda path: write(path, [[*GOOD, "more"]]),
-    "line 2 does not have 7 value": lambda path: write(path, [["s1", "", *GOOD[2:]]]),
+    "line 2 has no annotator": lambda path: write(path, [["s1", "", *GOOD[2:]]]),
     "line 2 is of study 's9', the key of 's1'": lambda path: write(path, [["s9", *GOOD[1:]]]),
     "question 'taste' is not one of prompt_alignment": lambda path: write(path, [[*GOOD[:3], "taste", *GOOD[4:]]]),
     "pair 'p9' is not in the study": lambda path: write(path, [[*GOOD[:2], "p9", *GOOD[3:]]]),
     "not the images of pair p0": lambda path: write(path, [[*GOOD[:6], "i1a"]]),
     "are not the images of pair p0": lambda path: write(path, [[*GOOD[:4], "i0a", "i0a", "i0a"]]),
-    "cannot be read: 'utf-8' codec": lambda path: path.write_bytes(b"\xff\xfe\x00"),
+    "is not text in UTF-8": lambda path: path.write_bytes(b"\xff\xfe\x00"),
     "cannot be read: .*No such file": lambda path: None,
     "hold none to prompt_alignment": lambda path: write(path, [GOOD]),
 }  # fmt: skip

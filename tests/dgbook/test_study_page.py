@@ -182,7 +182,7 @@ BAD = {
     "img0' have two prompts: 'prompt 0.*' and 'else'": lambda a, b: (b / "img0.txt").write_text("else"),
     "1 of 3 pairs have no prompt, 'img1' first": lambda a, b: (a / "img1.txt").unlink(),
     "img1.txt is empty": lambda a, b: (a / "img1.txt").write_text("\n"),
-    "img1.txt is not a prompt in UTF-8": lambda a, b: (a / "img1.txt").write_bytes(b"\xff\xfe"),
+    "img1.txt is not text in UTF-8": lambda a, b: (a / "img1.txt").write_bytes(b"\xff\xfe"),
 }  # fmt: skip
 
 

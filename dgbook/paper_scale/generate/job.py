@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from importlib.metadata import version
@@ -77,8 +77,8 @@ class Job:
         scale = checks.number("guidance_scale", self.guidance_scale, 1, allowed="give a number from 1 (no CFG) up")
         if not isinstance(self.model, str | Path) or not str(self.model):
             checks.refuse("model", self.model, "give a name, a pipeline folder or a hub id")
-        given = () if isinstance(self.conditions, str) else self.conditions
-        conditions = tuple(c.item() if hasattr(c, "item") else c for c in given)
+        given = self.conditions if isinstance(self.conditions, Iterable) else ()
+        conditions = tuple(c.item() if hasattr(c, "item") else c for c in given if not isinstance(given, str))
         if not conditions or not any(all(type(c) is kind for c in conditions) for kind in (str, int)):
             raise DgkitError("conditions are not allowed: give a list of prompts, or a list of class ids")
         dtype = checks.one_of("dtype", self.dtype or _usual_dtype(str(self.model)), DTYPES)
@@ -90,9 +90,10 @@ class Job:
             ("methods", _plain(self.methods, "methods")),
             ("disruption", _plain(self.disruption, "disruption")),
             ("call", _plain(self.call, "call")),
-            ("versions", dict(self.versions)),
+            ("versions", _plain(self.versions, "versions")),
         ):
             object.__setattr__(self, name, plain)
+        checks.text("prompt_set", self.prompt_set)
         self.guidance()
         if self.disruption:
             self._check_disruption()
@@ -177,6 +178,8 @@ class Job:
             # autoguidance's parameter is a network, which is no text
             checks.one_of("method", name, [known for known in METHODS if known != "autoguidance"])
             allowed = {f.name for f in fields(METHODS[name]) if f.init}
+            if not isinstance(parameters, Mapping):
+                checks.refuse(name, parameters, f"give its parameters by name, of {', '.join(sorted(allowed))}")
             for key, value in parameters.items():
                 if key not in allowed:
                     raise DgkitError(f"{name} has no parameter {key!r}: it has {', '.join(sorted(allowed))}")
@@ -226,9 +229,12 @@ def _whole(value: Any) -> Any:
 
 def _plain(value: Any, where: str) -> Any:
     try:
-        return json.loads(json.dumps(value))
+        plain = json.loads(json.dumps(value, allow_nan=where == "methods"))  # which check their own numbers
+        if not isinstance(plain, dict):
+            raise TypeError(f"it is {plain!r}")
     except (TypeError, ValueError) as error:
-        raise DgkitError(f"{where} is not allowed: give numbers, strings and lists ({error})") from error
+        raise DgkitError(f"{where} is not allowed: give finite numbers, strings and lists by name ({error})") from error
+    return plain
 
 
 def _usual_dtype(model: str) -> str:

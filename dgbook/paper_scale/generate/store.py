@@ -22,6 +22,7 @@ from safetensors.numpy import save_file
 from dgbook.files import replacing, write_whole
 from dgbook.paper_scale.generate.job import Job, canonical
 from dgkit.errors import DataError, DgkitError
+from dgkit.files import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -48,14 +49,10 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
-        path = self.folder / "manifest.json"
         try:
-            values = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise DataError(f"{folder} is not the folder of a run: {path.name}: {error}") from error
-        if not isinstance(values, dict):
-            raise DataError(f"{folder} is not the folder of a run: {path.name} is no job")
-        self.job = Job.from_dict(values)
+            self.job = Job.from_dict(read_json(self.folder / "manifest.json", finite=False))
+        except DgkitError as error:
+            raise DataError(f"{folder} is not the folder of a run: {error}") from error
 
     @classmethod
     def create(cls, folder: Path, job: Job) -> "Store":
@@ -76,13 +73,13 @@ class Store:
         """Keep what the model is (weights, methods), or check that it is what made the images that are there.
 
         Raises:
-            DgkitError: it is another, with the parts that differ.
+            DgkitError: it is another, with the parts that differ, or what was kept is damaged.
         """
         mine = json.loads(json.dumps(dict(identity)))
         path = self.folder / "model.json"
         if not path.exists():
             write_whole(path, json.dumps(mine, indent=1))
-        there = json.loads(path.read_text())
+        there = read_json(path, finite=False)  # some methods take infinity
         parts = [name for name in sorted({*mine, *there}) if canonical(mine.get(name)) != canonical(there.get(name))]
         if parts:
             raise DgkitError(
@@ -151,13 +148,18 @@ class Store:
     # ---- the whole
 
     def failures(self) -> dict[int, str]:
-        """Why images could not be made, by index."""
+        """Why images could not be made, by index.
+
+        Raises:
+            DataError: what was kept of that is damaged.
+        """
         found: dict[int, str] = {}
         for path in sorted((self.folder / "failures").glob("[0-9]*.json")):
             try:
-                found |= {int(index): reason for index, reason in json.loads(path.read_text()).items()}
-            except FileNotFoundError:  # another worker has just made them
-                continue
+                found |= {int(index): str(reason) for index, reason in read_json(path).items()}
+            except ValueError as error:
+                if path.exists():  # else another worker has just made them
+                    raise DataError(f"{path} is damaged, remove it: {error}") from error
         return found
 
     def count(self) -> int:
@@ -172,10 +174,18 @@ class Store:
         return total
 
     def provenance(self) -> Iterator[dict[str, Any]]:
-        """How each shard that is there was made, by the headers alone."""
+        """How each shard that is there was made, by the headers alone.
+
+        Raises:
+            DataError: one is damaged.
+        """
         for path in sorted((self.folder / "shards").glob("[0-9]*.safetensors")):
-            with safe_open(path, framework="numpy") as shard:
-                yield json.loads(shard.metadata()["provenance"])
+            try:
+                with safe_open(path, framework="numpy") as shard:
+                    found = json.loads(shard.metadata()["provenance"])
+            except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+                raise DataError(f"{path} is damaged: {error}") from error
+            yield found
 
     def shards(self) -> Iterator[Shard]:
         """All blocks in their order.

@@ -16,11 +16,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dgbook.measures.arrays import numbers
 from dgbook.measures.base import MetricId, as_images, full_float32
 from dgbook.measures.classifier import inception_score as score_of_logits
 from dgbook.measures.frechet import frechet_distance_to
 from dgbook.measures.precision_recall import PrecisionRecall, precision_recall
 from dgbook.paper_scale.scores.weights import label, package, tensors, weights
+from dgbook.readers import read_npz
 from dgkit.errors import DataError, DgkitError
 
 SPLIT = 5_000
@@ -129,15 +131,21 @@ def read_reference(path: str | Path, inception: Inception, name: str) -> Referen
     Raises:
         DataError: not such a file.
     """
+    arrays = read_npz(Path(path), ("arr_0", "mu", "sigma"))
+    if "arr_0" not in arrays:
+        raise DataError(f"{path} is not a reference batch: it has no images in arr_0")
     try:
-        with np.load(path) as content:
-            arrays = {key: content[key] for key in ("arr_0", "mu", "sigma") if key in content}
         pool = inception.features(arrays["arr_0"]).pool
-    except (OSError, EOFError, ValueError, KeyError) as error:
+        if not {"mu", "sigma"} <= arrays.keys():
+            return Reference(name, *_gaussian(pool), pool)
+        mean, covariance = numbers("mu", arrays["mu"], 1), numbers("sigma", arrays["sigma"], 2)
+    except DgkitError as error:
         raise DataError(f"{path} is not a reference batch with images in arr_0: {error}") from error
-    if "mu" in arrays and "sigma" in arrays:
-        return Reference(name, arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64), pool)
-    return Reference(name, *_gaussian(pool), pool)
+    if covariance.shape != (*mean.shape, *mean.shape) or mean.shape != pool.shape[1:]:
+        raise DataError(
+            f"{path}: mu {mean.shape} and sigma {covariance.shape} are not those of {pool.shape[1]} features"
+        )
+    return Reference(name, mean, covariance, pool)
 
 
 def fid(pool: Any, reference: Reference) -> float:

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from dgbook.downloads import Found, NotHere, Published, cache_dir, fetch
 from dgbook.files import replacing
-from dgkit.errors import DataError, DgkitError
+from dgbook.readers import read_weights
+from dgkit.errors import DataError, DgkitError, first_line
 
 
 class MetricUnavailable(DgkitError):
@@ -114,17 +114,14 @@ def tensors(found: Found, key: str = "") -> dict[str, Tensor]:
         path = cache_dir() / "weights" / f"{found.sha256}.safetensors"
         if not path.is_file():
             _convert(found.path, path, key)
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise DataError(f"{path} is not a safetensors file: {error}") from error
+    return read_weights(path)
 
 
 def _convert(source: Path, target: Path, key: str) -> None:
     try:
         content = torch.load(source, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise DataError(f"{source} is not a file of tensors: {str(error).splitlines()[0]}") from error
+        raise DataError(f"{source} is not a file of tensors: {first_line(error)}") from error
     content = content.get(key) if key and isinstance(content, dict) else content
     if not isinstance(content, dict) or not all(isinstance(value, Tensor) for value in content.values()):
         raise DataError(f"{source} does not hold a state dict{f' under {key!r}' if key else ''}")

@@ -13,7 +13,6 @@ to five annotators who do not. `tests/test_study_analysis.py` runs both. The int
 claims with two annotators, and where annotators differ much about a share near 0 or 1.
 """
 
-import csv
 import hashlib
 import json
 from collections import Counter
@@ -30,7 +29,10 @@ from scipy import stats
 from dgbook.files import write_whole
 from dgbook.measures.stats import LEVEL, Interval, wilson
 from dgbook.paper_scale.study.page import QUESTIONS, Key
+from dgbook.readers import read_table
+from dgkit import checks
 from dgkit.errors import DgkitError
+from dgkit.files import read_text
 
 COLUMNS = ("study", "annotator", "pair", "question", "left", "right", "chosen")
 
@@ -130,9 +132,8 @@ def analyse(answers: Sequence[Path], key: Path | None = None) -> Analysis:
     seen: dict[tuple[str, str, str], str] = {}
     digests = {}
     for path in paths:
-        content = _content(path)
-        digests[hashlib.sha256(content.encode()).hexdigest()] = path.name
-        for where, row in _rows(path, content):
+        digests[hashlib.sha256(read_text(path).encode()).hexdigest()] = path.name
+        for where, row in read_table(path, COLUMNS):
             _check(where, row, found)
             cell = (row["question"], row["annotator"], row["pair"])
             answer = (row["left"], row["chosen"])
@@ -167,9 +168,11 @@ def two_way_share(values: ArrayLike, rows: Sequence[str], columns: Sequence[str]
         rows, columns: names (n,) of the row and column of each.
 
     Raises:
-        DgkitError: no values, or names of another length.
+        DgkitError: no values, others than 0 and 1, or names of another length.
     """
     sample = np.asarray(values, dtype=np.float64)
+    if not np.isin(sample, (0, 1)).all():
+        checks.refuse("values", sample.tolist(), "give 0 or 1 for each")
     if sample.ndim != 1 or not len(sample) or not len(sample) == len(rows) == len(columns):
         raise DgkitError(
             f"{sample.size} values, {len(rows)} rows, {len(columns)} columns: give as many of each, at least 1"
@@ -222,27 +225,6 @@ def write_json(analysis: Analysis, path: Path) -> Path:
     """
     write_whole(path, json.dumps(analysis.as_dict(), indent=1, ensure_ascii=False) + "\n")
     return path
-
-
-def _content(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")  # spreadsheets put a mark in front
-    except (OSError, ValueError) as error:
-        raise DgkitError(f"answers={str(path)!r} cannot be read: {error}") from error
-
-
-def _rows(path: Path, content: str) -> list[tuple[str, dict[str, str]]]:
-    reader = csv.DictReader(content.splitlines())
-    if tuple(reader.fieldnames or ()) != COLUMNS:
-        raise DgkitError(f"{path} is not an answer file: its first line must be {','.join(COLUMNS)}")
-    rows = []
-    for row in reader:
-        if None in row or None in row.values() or not all(row.values()):
-            raise DgkitError(f"{path}, line {reader.line_num} does not have {len(COLUMNS)} values")
-        rows.append((f"{path}, line {reader.line_num}", row))
-    if not rows:
-        raise DgkitError(f"{path} holds no answers")
-    return rows
 
 
 def _check(where: str, row: Mapping[str, str], key: Key) -> None:

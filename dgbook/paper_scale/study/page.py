@@ -18,12 +18,14 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
 from dgbook.files import replacing, write_whole
 from dgbook.paper_scale.generate.store import Store, images
+from dgbook.readers import read_image
 from dgkit import checks
-from dgkit.errors import DgkitError
+from dgkit.errors import DgkitError, first_line
+from dgkit.files import read_json, read_text
 
 QUESTIONS: dict[str, tuple[str, str]] = {
     "prompt_alignment": ("Prompt alignment", "Which image matches the prompt better?"),
@@ -64,14 +66,14 @@ class Key:
             DgkitError: the file cannot be read or is no key.
         """
         try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
+            values = read_json(Path(path))
             key = cls(**values | {"questions": tuple(values["questions"])})
             if not key.pairs or any(set(pair) != {"name", "a", "b"} for pair in key.pairs.values()):
                 raise ValueError("its pairs are not complete")
             if not key.questions or not set(key.questions) <= set(QUESTIONS):
                 raise ValueError("its questions are not known")
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DgkitError(f"key={str(path)!r} is not the key file of a study: {error}") from error
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DgkitError(f"key={str(path)!r} is not the key file of a study: {first_line(error)}") from error
         return key
 
 
@@ -208,40 +210,22 @@ class _Folder:
                         f"{folder} has two images named {path.stem!r}: {self.files[path.stem].name}, {path.name}"
                     )
                 self.files[path.stem] = path
-        self.names = list(self.files)
+        self.names = sorted(self.files)  # not by suffix too, which the other folder may have another of
         if not self.names:
             raise DgkitError(f"{folder} holds no images ({', '.join(SUFFIXES)}) and is not the folder of a run")
         for name in self.names:
             path = folder / f"{name}.txt"
             if path.exists():
-                try:
-                    self.prompts[name] = path.read_text(encoding="utf-8").strip()
-                except (OSError, ValueError) as error:
-                    raise DgkitError(f"{path} is not a prompt in UTF-8: {error}") from error
+                self.prompts[name] = read_text(path).strip()
                 if not self.prompts[name]:
                     raise DgkitError(f"{path} is empty: give the prompt of {self.files[name].name}, or no such file")
 
     def images(self) -> Iterator[tuple[str, Pixels]]:
         """In the order of `names`."""
         if self.job is None:
-            yield from ((name, _decode(path)) for name, path in self.files.items())
+            yield from ((name, read_image(self.files[name])) for name in self.names)
         else:
             yield from ((self.names[index], image) for index, image in images(self.folder))
-
-
-def _decode(path: Path) -> Pixels:
-    try:
-        with Image.open(path) as file:
-            if "icc_profile" in file.info:
-                raise DgkitError(f"{path} has a colour profile, which the page would ignore: convert it to plain sRGB")
-            image = ImageOps.exif_transpose(file)
-            if image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema() != (255, 255):
-                raise DgkitError(f"{path} is transparent in places: put it on the background to be judged")
-            if image.mode not in ("RGB", "RGBA", "L", "LA", "P"):
-                raise DgkitError(f"{path} has pixels of mode {image.mode!r}: give 8-bit RGB or grey")
-            return np.asarray(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError, SyntaxError) as error:  # PIL's word for a broken PNG chunk
-        raise DgkitError(f"{path} cannot be read as an image: {error}") from error
 
 
 def _check_pairing(a: _Folder, b: _Folder) -> None:
