@@ -266,7 +266,7 @@ def test_what_fails_whatever_the_image_is_raised(
 
 def test_a_pipeline_that_cannot_be_called_so_is_raised_at_once(dit: Path, tmp_path: Path) -> None:
     of = Job(model=str(dit), conditions=[1], count=8, steps=1, call={"heigth": 8})
-    with pytest.raises(DgkitError, match="the sampler cannot be called so: .*heigth"):
+    with pytest.raises(DgkitError, match="has no argument 'heigth': it takes class_labels"):
         run(of, tmp_path)
     assert Store(tmp_path).failures() == {}
 
@@ -335,6 +335,27 @@ def test_refused(tmp_path: Path, arguments: dict[str, Any]) -> None:
     with pytest.raises(DgkitError, match="is not allowed"):
         run(job(), tmp_path, sampler=Kept(), **arguments)
     assert not (tmp_path / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"conditions": [10]}, "class=10 is not allowed: give an integer from 0 to 9"),
+        ({"conditions": [0, 1, 999]}, "class=999 is not allowed"),
+        ({"conditions": ["a shirt"]}, "class='a shirt' is not allowed"),
+        ({"call": {"num_images_per_prompt": 2}}, "num_images_per_prompt=2 is not allowed: leave it out"),
+        ({"call": {"output_type": "pil"}}, "output_type='pil' is not allowed: leave it out"),
+        ({"call": {"guidance_scale": 4}}, "guidance_scale=4 is not allowed: leave it out"),
+        ({"call": {"hieght": 28}}, "DiTPipeline has no argument 'hieght': it takes class_labels"),
+    ],
+)
+def test_what_is_wrong_for_every_image_is_refused_before_the_first(
+    tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    wrong = job(**{"model": "tiny-dit", "conditions": [0]} | change)
+    with pytest.raises(DgkitError, match=words):
+        run(wrong, tmp_path)
+    assert Store(tmp_path).count() == 0 and not Store(tmp_path).failures()
 
 
 # Dividing the work ----------------------------------------------------------------------------------------------------
@@ -530,9 +551,14 @@ def test_two_ranks_make_the_bytes_of_one(
 
 
 def test_a_poisoned_class_leaves_the_others_bytes(plain: tuple[Job, np.ndarray], tmp_path: Path) -> None:
+    class Poisoned(PipelineSampler):
+        def __call__(self, conditions: Any, seeds: Any) -> Any:
+            if 5 in conditions:
+                raise IndexError("class 5 is poison")
+            return super().__call__(conditions, seeds)
+
     of, made = plain
-    classes = [0, 1, 2, 3, 4, 77_777, 6, 7, 8, 9]  # an embedding has no such row
-    report = run(replace(of, conditions=tuple(classes)), tmp_path)
+    report = run(of, tmp_path, sampler=Poisoned)
     assert list(report.failures) == [5] and "IndexError" in report.failures[5]
     shards = [Store(tmp_path).read(block) for block in range(3)]
     kept = {i: image for shard in shards if shard for i, image in shard.images.items()}

@@ -258,12 +258,76 @@ def test_generate_depends_on_the_seed_of_each_image_alone() -> None:
         ({"guidance_scale": "4"}, "guidance_scale='4' is not allowed"),
         ({"guidance_scale": None}, "guidance_scale=None is not allowed"),
         ({"guidance_scale": float("nan")}, "guidance_scale=nan is not allowed"),
+        ({"conditions": [0, 1000]}, "class=1000 is not allowed: give an integer from 0 to 999"),  # which is none
+        ({"conditions": [0, -1]}, "class=-1 is not allowed"),
+        ({"conditions": [0, True]}, "class=True is not allowed"),
+        ({"conditions": [0, 1.0]}, "class=1.0 is not allowed"),
+        ({"conditions": ["boot", "shirt"]}, "class='boot' is not allowed"),
+        ({"conditions": [None, 1]}, "class=None is not allowed"),
+        ({"seeds": [1, 2.5]}, "seed=2.5 is not allowed"),
+        ({"seeds": [1, True]}, "seed=True is not allowed"),
+        ({"seeds": [1, None]}, "seed=None is not allowed"),
+        ({"seeds": [1, 2**64]}, "seed=18446744073709551616 is not allowed"),
+        ({"output_type": "pil"}, "output_type='pil' is not allowed: leave it out"),
+        ({"generator": None}, "generator=None is not allowed: leave it out"),
+        ({"class_labels": [1]}, "class_labels=.* is not allowed: leave it out"),
+        ({"return_dict": False}, "return_dict=False is not allowed: leave it out"),
+        ({"heigth": 512}, "DiTPipeline has no argument 'heigth': it takes class_labels, guidance_scale"),
+        ({"prompt": "a cat"}, "DiTPipeline has no argument 'prompt'"),
     ],
 )
 def test_generate_refuses(change: dict[str, Any], words: str) -> None:
     arguments = {"conditions": [1, 2], "seeds": [1, 2], "num_inference_steps": 2} | change
     with pytest.raises(DgkitError, match=words):
         generate(pipeline("dit"), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"conditions": ["a cat", 3]}, "prompt=3 is not allowed: give a string"),
+        ({"conditions": ["a cat", None]}, "prompt=None is not allowed"),
+        ({"conditions": [["a cat"], ["a dog"]]}, "prompt=.'a cat'. is not allowed"),
+        ({"num_images_per_prompt": 2}, "num_images_per_prompt=2 is not allowed: leave it out"),
+        ({"true_cfg_scale": 2.0}, "true_cfg_scale=2.0 is not allowed: leave it out"),
+        ({"negative_promt": "blurred"}, "FluxPipeline has no argument 'negative_promt': it takes prompt, prompt_2"),
+        ({"negative_prompt": "blurred"}, "has no effect without CFG: give a guidance_scale above 1"),
+        ({"negative_prompt_2": ["blurred"]}, "has no effect without CFG"),
+    ],
+)
+def test_generate_refuses_for_prompts(change: dict[str, Any], words: str) -> None:
+    arguments = {"conditions": ["a cat", "a dog"], "seeds": [1, 2], "num_inference_steps": 2} | change
+    with pytest.raises(DgkitError, match=words):
+        generate(pipeline("flux"), **arguments)
+
+
+def test_only_classes_that_the_model_was_trained_on_are_sampled() -> None:
+    """Of the rows for 1,000 classes that diffusers asks for, ten were trained."""
+    pipe = pipeline("dit")
+    pipe.labels = {
+        "a": 0,
+        "b": 1,
+        "c": 3,
+        "also c": 3,
+    }  # 2 lost its name, as ImageNet's first "crane" does
+    for condition in (2, np.int64(3)):
+        assert generate(pipe, [condition], [0], num_inference_steps=1).shape == (1, 16, 16, 3)
+    with pytest.raises(DgkitError, match="class=4 is not allowed: give an integer from 0 to 3"):
+        generate(pipe, [0, 4], [0, 1], num_inference_steps=1)
+
+
+def test_flux_takes_a_negative_prompt() -> None:
+    """Tiny-flux, against the pipeline called by hand with a text for each image."""
+    pipe = dgkit.load("tiny-flux")
+    call = {"num_inference_steps": 2, "height": 32, "width": 32, "max_sequence_length": 16}
+    images = generate(pipe, ["a red fish", "a wall"], [1, 2], guidance_scale=3.0, negative_prompt="a statue", **call)
+    by_hand = pipe(
+        ["a red fish", "a wall"], negative_prompt=["a statue"] * 2, true_cfg_scale=3.0, output_type="np",
+        generator=[torch.Generator().manual_seed(seed) for seed in (1, 2)], **call,
+    ).images  # fmt: skip
+    assert np.array_equal(images, (by_hand * 255).round().astype(np.uint8))
+    plain = generate(pipe, ["a red fish", "a wall"], [1, 2], guidance_scale=3.0, **call)
+    assert not np.array_equal(images, plain)
 
 
 def test_generate_gives_flux_its_true_cfg_with_a_negative_prompt(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import dgkit
 from dgbook.claims.provenance import weights_sha256
 from dgbook.paper_scale.generate.job import Job, canonical
 from dgbook.paper_scale.generate.store import Image
-from dgkit.sampling import generate
+from dgkit.sampling import check_arguments, generate
 from dgkit.zoo import row_of
 
 
@@ -22,12 +22,13 @@ class PipelineSampler:
 
     Raises:
         LoadError: it cannot be loaded.
-        DgkitError: a guidance method does not fit it.
+        DgkitError: a guidance method does not fit it, or the job has arguments that are wrong for every image.
     """
 
     def __init__(self, job: Job) -> None:
         self.job = job
         self.pipe = dgkit.load(job.model, device=own_device(), dtype=getattr(torch, job.dtype))
+        check_arguments(self.pipe, job.conditions, job.guidance_scale, job.call)
         # with CPU offload the weights rest elsewhere than where they compute
         device = torch.device(getattr(self.pipe, "_execution_device", self.pipe.device))
         self.device = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
