@@ -111,7 +111,7 @@ class Report:
             "rows": self.rows,
         }
         partial = self.path.with_suffix(".partial")
-        partial.write_text(json.dumps(content, indent=1) + "\n")
+        partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         os.replace(partial, self.path)
 
     def table(self) -> pd.DataFrame:

@@ -15,13 +15,17 @@ from typing import Any
 
 import nbformat
 import papermill
-from jupyter_client.kernelspec import NoSuchKernel
+from ipykernel.kernelspec import RESOURCES, get_kernel_dict
+from jupyter_client.kernelspec import KernelSpec
+from jupyter_client.manager import AsyncKernelManager
 from nbformat import NotebookNode
 from papermill.cli import _resolve_type as resolve_type
 from papermill.exceptions import PapermillExecutionError
 
 from dgbook.paths import build_dir, safe_name
-from dgkit.errors import DgkitError
+from dgkit.checks import refuse
+from dgkit.errors import DgkitError, first_line
+from dgkit.files import read_text
 from dgkit.paths import CHECKOUT, DATA
 
 NOTEBOOKS = {
@@ -53,14 +57,18 @@ def execute(name: str, parameters: dict[str, Any], output: Path | None = None, p
         The output folder.
 
     Raises:
-        DgkitError: `name` or a parameter is unknown, or a cell of the notebook raised; the notebook up to that cell is
-            then left in `output`.
+        DgkitError: `name` or a parameter is unknown, a parameter that is text is given something else, or a cell of
+            the notebook raised or ended the kernel; the notebook up to that cell is then left in `output`.
     """
     source = _source(name)
     known = papermill.inspect_notebook(_literal(source))
     unknown = [key for key in parameters if key not in known]
     if unknown:
         raise DgkitError(f"notebook {name!r} has no parameter {', '.join(unknown)}: it has {', '.join(known)}")
+    for key, value in parameters.items():
+        missing = value is None and key != "model"  # the device, say
+        if not isinstance(value, str) and not missing and isinstance(ast.literal_eval(known[key]["default"]), str):
+            refuse(key, value, f"give text such as {known[key]['default']}")
     if output is None:
         model = parameters["model"] if "model" in parameters else _default_model(source)
         runs = build_dir() / "runs"
@@ -75,16 +83,27 @@ def execute(name: str, parameters: dict[str, Any], output: Path | None = None, p
                 _literal(target),
                 parameters,
                 kernel_name="python3",
+                kernel_manager_class=ThisPython,
                 progress_bar=progress and sys.stderr.isatty(),
             )
-        except NoSuchKernel as error:
-            raise DgkitError('Jupyter has no kernel "python3": pip install "dgkit[book]"') from error
+        except RuntimeError as error:  # of which DeadKernelError is one; it may also die before it answers
+            raise DgkitError(
+                f"the kernel of notebook {name!r} died, perhaps for want of memory: {first_line(error)} (see {target})"
+            ) from error
         except PapermillExecutionError as error:
             raise DgkitError(
                 f"notebook {name!r} stopped in cell {error.exec_count}: {error.ename}: {error.evalue} (see {target})"
             ) from error
     _write(_scrubbed(notebook), target)
     return output
+
+
+class ThisPython(AsyncKernelManager):
+    """A kernel of the Python that runs this, whatever another one has put under the name "python3"."""
+
+    @property
+    def kernel_spec(self) -> KernelSpec:
+        return KernelSpec(resource_dir=RESOURCES, **get_kernel_dict())
 
 
 def kernel_environment(name: str, parameters: dict[str, Any]) -> dict[str, str]:
@@ -146,7 +165,7 @@ def reference_parameters(name: str, model: str | None = None) -> dict[str, Any]:
         DgkitError: `name` is unknown or the file has no such table.
     """
     path = _source(name).with_name("reference.toml")
-    table = tomllib.loads(path.read_text())
+    table = tomllib.loads(read_text(path))
     if name not in table:
         raise DgkitError(f"{path} has no table [{name}]")
     own = table[name].get(model or _default_model(path.with_name(NOTEBOOKS[name])), {})

@@ -47,7 +47,8 @@ def residual_gates(trace: Trace, *, label: str | None = None, timestep: float | 
     """The gates that `dgkit.record` saw.
 
     Raises:
-        ModelError: the transformer has no residual gate, or its blocks are compiled so that hooks do not see them.
+        ModelError: the transformer has no residual gate, or its blocks are compiled so that hooks do not see them; or
+            an infinity or NaN was recorded.
         DgkitError: empty trace, unknown label or timestep.
     """
     if not trace.gate_rows:
@@ -69,6 +70,9 @@ def gate_agreement(trace: Trace, *, label: str | None = None) -> pd.DataFrame:
 
     Per (block, branch): Spearman's rank correlation between mean |alpha| and mean |z| of the same block's output,
     whether the largest channel is the same, and the rank (1 = largest) that z's largest channel has in |alpha|.
+
+    Raises:
+        DgkitError: as for `residual_gates`.
     """
     gates = residual_gates(trace, label=label)
     magnitude = trace.mean_abs(label)

@@ -5,14 +5,15 @@ to do.
 """
 
 import errno
-import json
 import logging
+import re
 import sys
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from torch import nn
 from transformers.utils import logging as transformers_logging
 
 from dgkit.errors import LoadError, first_line
+from dgkit.files import of_pointer, read_json
 
 # what reading damaged or foreign files raises in diffusers, transformers and safetensors
 _UNREADABLE = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, SafetensorError)
@@ -79,7 +81,7 @@ def cached(repo: str, revision: str = "main") -> bool:
 
 def _missing(folder: Path) -> list[str]:
     """Parts of the pipeline that have no folder."""
-    index = json.loads((folder / "model_index.json").read_text())
+    index = read_json(folder / "model_index.json")
     parts = [name for name, kind in index.items() if isinstance(kind, list) and kind[0] and name != "_class_name"]
     return [part for part in parts if not (folder / part).is_dir()]
 
@@ -186,7 +188,7 @@ class Single:
     @classmethod
     def _of_folder(cls, path: Path) -> "Single":
         try:
-            config = json.loads((path / "config.json").read_text())
+            config = read_json(path / "config.json")
             blocks = config["num_layers"] + config.get("num_single_layers", 0)
             channels = config["num_attention_heads"] * config["attention_head_dim"]
             guidance, dual = bool(config.get("guidance_embeds")), bool(config.get("dual_attention_layers"))
@@ -207,7 +209,7 @@ class Single:
                 kinds = {part.get_dtype() for part in slices.values()}
                 shapes = {name: part.get_shape() for name, part in slices.items()}
         except (OSError, SafetensorError) as error:
-            raise LoadError(f"{path} could not be read: {first_line(error)}") from error
+            raise LoadError(f"{path} could not be read{of_pointer(path)}: {first_line(error)}") from error
         if foreign := sorted(kinds - {"F32", "F16", "BF16", "F64", "I64"}):
             raise LoadError(
                 f"{path} has {', '.join(foreign)} weights, with which the activations are others: give a 16-bit file"
@@ -264,33 +266,45 @@ def read(folder: Path, dtype: torch.dtype, single: Single | None = None) -> Any:
     """The pipeline in `folder`, on the CPU.
 
     Args:
-        folder: laid out as on the hub; a folder that has only fp16 variants of some weights will do.
+        folder: laid out as on the hub; of parts that have no other weights, their fp16 or bf16 variants will do.
         dtype: of the weights.
         single: takes the place of the folder's own transformer.
 
     Raises:
         LoadError: the folder is not complete, or its weights are broken, pickles or need code of their own.
     """
+    options: dict[str, Any] = {"dtype": dtype, "use_safetensors": True, "local_files_only": True}
     parts = {} if single is None else {"transformer": single.read(folder, dtype)}
     try:
         with quiet():
-            return DiffusionPipeline.from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, local_files_only=True, variant=_variant(folder), **parts
-            )
+            for name, variant in _variants(folder).items():
+                if name not in parts:  # for all parts alike a variant would also be taken where there is better
+                    parts[name] = _class_of(folder, name).from_pretrained(folder / name, variant=variant, **options)
+            return DiffusionPipeline.from_pretrained(folder, **options, **parts)
     except _UNREADABLE as error:
-        advice = ""
+        advice = next(filter(None, map(of_pointer, folder.glob("*/*.safetensors"))), "")
         if "no file named" in str(error) and any(folder.glob("*/*.bin")):
             advice = "; it has pickles, which dgkit does not open: convert them to safetensors"
         raise LoadError(f"{folder} could not be loaded: {first_line(error)}{advice}") from error
 
 
-def _variant(folder: Path) -> str | None:
-    """ "fp16" if a part has no other weights."""
-    for part in folder.iterdir():
-        names = [file.name for file in part.glob("*.safetensors")] if part.is_dir() else []
-        if names and all(".fp16" in name for name in names):
-            return "fp16"
-    return None
+def _variants(folder: Path) -> dict[str, str]:
+    """The parts that have no weights but those of a variant, and which: of several, the more exact fp16."""
+    found: dict[str, str] = {}
+    for part in sorted(path for path in folder.iterdir() if path.is_dir()):
+        names = [re.sub(r"-\d+-of-\d+$", "", file.stem) for file in part.glob("*.safetensors")]
+        kinds = {name.partition(".")[2] for name in names}  # "" of model.safetensors, "bf16" of model.bf16.safetensors
+        if kinds and "" not in kinds and (variant := next((v for v in ("fp16", "bf16") if v in kinds), None)):
+            found[part.name] = variant
+    return found
+
+
+def _class_of(folder: Path, part: str) -> Any:
+    """The class of one part, which is one of diffusers or transformers."""
+    library, name = read_json(folder / "model_index.json")[part]
+    if library not in ("diffusers", "transformers"):
+        raise LoadError(f"{folder} needs code of its own for {part}, and dgkit runs none that comes with a model")
+    return getattr(import_module(library), name)
 
 
 _NEEDLESS = (

@@ -79,6 +79,7 @@ def detect_massive(
 
     Raises:
         DgkitError: unknown criterion, threshold out of range, or an empty trace.
+        ModelError: an infinity or NaN was recorded.
     """
     one_of("criterion", criterion, CRITERIA)
     number("ratio", ratio, above=1)
@@ -121,6 +122,10 @@ def matched_dims(trace: Trace, block: int, dims: list[int], *, label: str | None
     The paper's control zeroes as *many* random channels; this one zeroes as much *magnitude*: the largest channels
     outside `dims` (massive ones too, if `dims` leaves some out), in order, until their summed squared mean |z| reaches
     that of `dims` (or channels run out).
+
+    Raises:
+        DgkitError: a bad block or dim, or an empty trace.
+        ModelError: an infinity or NaN was recorded.
     """
     energy = trace.mean_abs(label)[trace.anatomy.block(block).index].square()
     wanted = energy[trace.anatomy.dims(dims)].sum()

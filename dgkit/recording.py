@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dgkit.anatomy import COND, Anatomy, Block, CallReader, Gate, Grid, Pass, degraded_pass, dissect
 from dgkit.checks import number, refuse
-from dgkit.errors import DgkitError
+from dgkit.errors import DgkitError, ModelError
 from dgkit.taps import compiled, hook, tap
 
 
@@ -42,6 +42,9 @@ class Trace:
     Size: 4 L C + 2 G C numbers per (label, timestep), however many images pass; plus, only where asked for, L T of them
     for each mapped dim (T image tokens), one number per image, timestep, block and tracked dim, and the full tensors of
     kept blocks.
+
+    Reading raises a ModelError that names block and channel where an infinity or NaN was put out; only `max_abs`
+    and `tensors` show it.
 
     Attributes:
         anatomy: the recorded transformer.
@@ -81,8 +84,8 @@ class Trace:
         return sum(c.sum_mean_abs for c in cells) / sum(c.images for c in cells)[:, None]  # type: ignore[return-value, index]
 
     def max_abs(self, label: str | None = None, timestep: float | None = None) -> Tensor:
-        """Largest |z| over images and image tokens, (L, C)."""
-        return torch.stack([c.max_abs for c in self._select(label, timestep)]).amax(0)
+        """Largest |z| over images and image tokens, (L, C); infinity or NaN where the model put one out."""
+        return torch.stack([c.max_abs for c in self._select(label, timestep, finite=False)]).amax(0)
 
     def token_share(self, label: str | None = None, timestep: float | None = None) -> Tensor:
         """Share of the image tokens in which a channel is massive (see `ratio`), (L, C)."""
@@ -117,6 +120,7 @@ class Trace:
         label = self._label(label)
         if not self.track:
             raise DgkitError("no dim was tracked: name them in record(..., track=[...])")
+        self._select(label, None)
         steps = [
             torch.stack([torch.cat(block) for block in self._cells[label, t].tracked], 1) for t in self.timesteps(label)
         ]
@@ -128,7 +132,7 @@ class Trace:
         """The recorded image tokens of a kept block, (images, T, C), over all timesteps if `timestep` is None."""
         if block not in self.keep:
             raise DgkitError(f"block={block!r} was not kept: record(..., keep={self.keep!r}) decides")
-        return torch.cat([z for cell in self._select(label, timestep) for z in cell.tensors[block]])
+        return torch.cat([z for cell in self._select(label, timestep, finite=False) for z in cell.tensors[block]])
 
     def map(self, block: int, dim: int, label: str | None = None, timestep: float | None = None) -> Tensor:
         """Mean |z| over images of each image token in a mapped dim, (frames, height, width) in tokens.
@@ -152,13 +156,17 @@ class Trace:
             raise DgkitError(f"label={label!r} was not recorded: use one of {self.labels}")
         return label
 
-    def _select(self, label: str | None, timestep: float | None) -> list[Cell]:
+    def _select(self, label: str | None, timestep: float | None, *, finite: bool = True) -> list[Cell]:
         label = self._label(label)
         if timestep is None:
-            return [cell for (name, _), cell in self._cells.items() if name == label]
-        if (label, float(timestep)) not in self._cells:
+            cells = {t: cell for (name, t), cell in self._cells.items() if name == label}
+        elif (label, float(timestep)) in self._cells:
+            cells = {timestep: self._cells[label, float(timestep)]}
+        else:
             raise DgkitError(f"timestep={timestep!r} was not recorded: use one of {self.timesteps(label)}")
-        return [self._cells[label, float(timestep)]]
+        if finite:
+            _require_finite(cells, self.timesteps(label))
+        return list(cells.values())
 
     # ---- writing
 
@@ -229,6 +237,18 @@ class Trace:
             cell.gate_images[row] += count
             cell.sum_gate[row] += gate[rows].sum(0)
             cell.sum_abs_gate[row] += gate[rows].abs().sum(0)
+
+
+def _require_finite(cells: dict[float, Cell], timesteps: list[float]) -> None:
+    """Raise an error that names the first block and channel with an infinity or NaN, in the order of `timesteps`."""
+    for timestep in (t for t in timesteps if t in cells):
+        bad = (~cells[timestep].max_abs.isfinite()).nonzero()
+        if len(bad):
+            block, channel = bad[0].tolist()
+            raise ModelError(
+                f"block {block} put out an infinity or NaN in channel {channel} at timestep {timestep:g}: where "
+                f"massive channels are large, half precision (float16) overflows; load the model in bfloat16 or float32"
+            )
 
 
 def _median(values: Tensor) -> Tensor:

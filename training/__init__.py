@@ -43,7 +43,7 @@ def train(name: str, folder: Path) -> None:
     if name not in MODELS:
         raise DgkitError(f"name={name!r} is not allowed: use one of {', '.join(map(repr, MODELS))}")
     recipe = Path(__file__).parent / f"{name}.toml"
-    base = tomllib.loads(recipe.read_text()).get("base")
+    base = tomllib.loads(recipe.read_text(encoding="utf-8")).get("base")
     files = [recipe, *([recipe.with_name(base)] if base else [])]
     folder.mkdir(parents=True, exist_ok=True)
     for file in files:
@@ -56,17 +56,20 @@ def train(name: str, folder: Path) -> None:
     def build(model: Path) -> None:
         MODELS[name].build(recipe, folder, model)
         for config in model.rglob("config.json"):  # diffusers notes the folder that a part was loaded from
-            facts = json.loads(config.read_text())
+            facts = json.loads(config.read_text(encoding="utf-8"))
             if facts.pop("_name_or_path", None) is not None:
-                config.write_text(json.dumps(facts, indent=2) + "\n")
+                config.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         for file in files:
             shutil.copy(file, model)
-        networks = {path.parent.name: json.loads(path.read_text()) for path in sorted(folder.glob("*/training.json"))}
+        networks = {
+            path.parent.name: json.loads(path.read_text(encoding="utf-8"))
+            for path in sorted(folder.glob("*/training.json"))
+        }
         if MODELS[name].build is _train_text_to_image:
             shared = folder.with_name(TILE_AUTOENCODER) / "model" / "training.json"
-            networks = json.loads(shared.read_text())["networks"] | networks
+            networks = json.loads(shared.read_text(encoding="utf-8"))["networks"] | networks
         facts = {"model": name, "data": MODELS[name].data, "networks": networks}
-        (model / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
+        (model / "training.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
     _build_once(folder / "model", build)
     print(f"{name}: {folder / 'model'} is complete", flush=True)
@@ -95,7 +98,7 @@ def _train_rung(recipe_file: Path, folder: Path, model: Path) -> None:
 
 
 def _train_classifier(recipe_file: Path, folder: Path, model: Path) -> None:
-    schedule = Schedule(**tomllib.loads(recipe_file.read_text())["schedule"])
+    schedule = Schedule(**tomllib.loads(recipe_file.read_text(encoding="utf-8"))["schedule"])
     classifier.save_classifier(classifier.train_classifier(schedule, folder / "classifier"), model)
 
 

@@ -27,7 +27,7 @@ class Recipe:
     @classmethod
     def read(cls, path: Path) -> "Recipe":
         """The recipe in the TOML file `path`."""
-        raw = tomllib.loads(path.read_text())
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
         return cls(raw["config"], Schedule(**raw["schedule"]), raw["kl_weight"])
 
 

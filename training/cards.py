@@ -34,7 +34,9 @@ def write(folder: Path, training: dict[str, Any], quality: dict[str, Any], **fac
     name = training["model"]
     template = TEMPLATES.get_template(f"{'text-to-image' if name in FAMILIES else name}.md")
     family = FAMILIES.get(name)
-    (folder / "README.md").write_text(template.render(training=training, quality=quality, family=family, **facts))
+    (folder / "README.md").write_text(
+        template.render(training=training, quality=quality, family=family, **facts), encoding="utf-8"
+    )
 
 
 def limits(quality: dict[str, Any]) -> str:

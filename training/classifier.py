@@ -38,4 +38,4 @@ def save_classifier(model: FashionClassifier, folder: Path) -> None:
     weights = {name: t.half() if t.is_floating_point() else t for name, t in model.cpu().state_dict().items()}
     save_file(weights, folder / "model.safetensors")
     config = {"architecture": "FashionClassifier", "features": FEATURES, "classes": datasets.FASHION_MNIST_CLASSES}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -167,6 +167,6 @@ def save_pipeline(
     pipe = DiTPipeline(transformer=transformer, vae=vae, scheduler=DDIMScheduler(**scheduler))
     pipe.to(torch.bfloat16).save_pretrained(folder, safe_serialization=True)
     index = folder / "model_index.json"
-    entries = json.loads(index.read_text())  # save_pretrained forgets the class names
+    entries = json.loads(index.read_text(encoding="utf-8"))  # save_pretrained forgets the class names
     entries["id2label"] = {str(i): name for i, name in enumerate(datasets.FASHION_MNIST_CLASSES)}
-    index.write_text(json.dumps(entries, indent=2) + "\n")
+    index.write_text(json.dumps(entries, indent=2) + "\n", encoding="utf-8")

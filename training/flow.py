@@ -236,4 +236,7 @@ def save_pipeline(model: TextToImage, vae: AutoencoderKL, folder: Path) -> None:
     pipe.to(torch.bfloat16).save_pretrained(folder, safe_serialization=True)
     # text encoders load in the type that their configuration names, all else in float32
     for config in folder.glob("text_encoder*/config.json"):
-        config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+        config.write_text(
+            json.dumps(json.loads(config.read_text(encoding="utf-8")) | {"dtype": "float32"}, indent=2) + "\n",
+            encoding="utf-8",
+        )

@@ -117,7 +117,7 @@ def measure(folder: Path, lr: float) -> Path:
             sheets.append(sheet)
             print(rows[-1], flush=True)
     path = DATA / "ladder" / "ingredients.json"
-    path.write_text(json.dumps(rows, indent=1) + "\n")
+    path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     Image.fromarray(np.concatenate(sheets)).save(path.with_suffix(".png"), optimize=True)
     return path
 

@@ -82,7 +82,7 @@ def measure_rung(run: Path) -> dict[str, Any]:
         "diffusers": diffusers.__version__,
     }
     (DATA / "ladder").mkdir(exist_ok=True)
-    (DATA / "ladder" / f"{name}.json").write_text(json.dumps(measured, indent=1) + "\n")
+    (DATA / "ladder" / f"{name}.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
     contact_sheet(images[:SHEET]).convert("L").save(DATA / "ladder" / f"{name}.png", optimize=True)
     return measured
 

@@ -52,8 +52,10 @@ class Schedule:
 
 def read_toml(path: Path) -> dict[str, Any]:
     """The contents of a recipe's file, which may say only how it differs from its `base`, a whole one beside it."""
-    raw = tomllib.loads(path.read_text())
-    return _changed(tomllib.loads(path.with_name(raw["base"]).read_text()), raw) if "base" in raw else raw
+    raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    return (
+        _changed(tomllib.loads(path.with_name(raw["base"]).read_text(encoding="utf-8")), raw) if "base" in raw else raw
+    )
 
 
 def _changed(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -117,7 +119,7 @@ def train(
         if step + 1 in snapshots:
             _save_atomically(average, folder / f"step-{step + 1}.safetensors")
         if (step + 1) % save_every == 0 or step + 1 == schedule.steps:
-            with log.open("a", newline="") as file:
+            with log.open("a", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows((s, f"{value:.6f}", f"{t:.1f}") for s, value, t in rows)
             mean = sum(value for _, value, _ in rows) / len(rows)
             print(f"{folder.name}: step {step + 1}/{schedule.steps}  loss {mean:.5f}  {rows[-1][2]:.0f} s", flush=True)
@@ -175,9 +177,9 @@ def _save_atomically(tensors: dict[str, Tensor], path: Path) -> None:
 
 def _truncate_log(path: Path, done: int) -> list[str]:
     """Drop the rows of the loss log past the checkpoint that the run goes on from, and return the others."""
-    kept = path.read_text().splitlines()[1 : done + 1] if path.exists() else []
+    kept = path.read_text(encoding="utf-8").splitlines()[1 : done + 1] if path.exists() else []
     partial = path.with_suffix(".partial")
-    partial.write_text("\n".join(["step,loss,seconds", *kept]) + "\n")
+    partial.write_text("\n".join(["step,loss,seconds", *kept]) + "\n", encoding="utf-8")
     os.replace(partial, path)
     return kept
 
@@ -187,7 +189,7 @@ def _write_record(model: nn.Module, schedule: Schedule, folder: Path) -> None:
     record = folder / "training.json"
     if record.exists():
         return
-    with (folder / "loss.csv").open() as file:
+    with (folder / "loss.csv").open(encoding="utf-8") as file:
         rows = [(float(row["loss"]), float(row["seconds"])) for row in csv.DictReader(file)]
     last = [loss for loss, _ in rows[-100:]]
     place = next(model.parameters()).device
@@ -201,4 +203,4 @@ def _write_record(model: nn.Module, schedule: Schedule, folder: Path) -> None:
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-    record.write_text(json.dumps(facts, indent=2) + "\n")
+    record.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

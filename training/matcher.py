@@ -46,7 +46,7 @@ class Recipe:
     @classmethod
     def read(cls, path: Path) -> "Recipe":
         """The recipe in the TOML file `path`."""
-        raw = tomllib.loads(path.read_text())
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
         return cls(**raw | {"schedule": Schedule(**raw["schedule"])})
 
 
@@ -119,4 +119,4 @@ def save_matcher(model: TileMatcher, folder: Path) -> None:
     weights = {name: t.half() if t.is_floating_point() else t for name, t in model.cpu().state_dict().items()}
     save_file(weights, folder / "model.safetensors")
     config = {"architecture": "TileMatcher", "features": FEATURES, "vocabulary": " ".join(model.vocabulary)}
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

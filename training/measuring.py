@@ -36,7 +36,7 @@ def finished(run: Path) -> tuple[Path, dict[str, Any]]:
     facts = run / "model" / "training.json"
     if not facts.is_file():
         raise LoadError(f"run={str(run)!r} is not allowed: it holds no finished training (no model/training.json)")
-    return facts.parent, json.loads(facts.read_text())
+    return facts.parent, json.loads(facts.read_text(encoding="utf-8"))
 
 
 def size_of(folder: Path) -> int:
@@ -50,7 +50,7 @@ def mean_losses(log: Path, points: int) -> list[dict[str, float]]:
     Returns:
         One row per span: "step", its last step; "loss", its mean; "seconds" since the training's start at its end.
     """
-    with log.open() as file:
+    with log.open(encoding="utf-8") as file:
         rows = [(int(row["step"]), float(row["loss"]), float(row["seconds"])) for row in csv.DictReader(file)]
     ends = np.unique(np.geomspace(1, len(rows), points).round().astype(int)).tolist()
     return [
@@ -62,7 +62,7 @@ def mean_losses(log: Path, points: int) -> list[dict[str, float]]:
 def write_losses(losses: list[dict[str, float]], path: Path) -> None:
     """Write `mean_losses` as a CSV file of a few kB."""
     lines = [f"{row['step']},{row['loss']:.5f},{row['seconds']:.0f}\n" for row in losses]
-    path.write_text("".join(["step,loss,seconds\n", *lines]))
+    path.write_text("".join(["step,loss,seconds\n", *lines]), encoding="utf-8")
 
 
 @torch.no_grad()

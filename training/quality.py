@@ -79,7 +79,7 @@ def measure(run: Path, *, guidance_scale: float = 4.0, steps: int = 20) -> dict[
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
     }
-    (folder / "quality.json").write_text(json.dumps(quality, indent=2) + "\n")
+    (folder / "quality.json").write_text(json.dumps(quality, indent=2) + "\n", encoding="utf-8")
     contact_sheet(guided[:SHEET]).save(folder / "samples.png", optimize=True)
     cards.write(folder, training, quality)
     return quality
@@ -160,6 +160,6 @@ def measure_classifier(run: Path) -> dict[str, Any]:
             for c, name in enumerate(datasets.FASHION_MNIST_CLASSES)
         },
     }
-    (folder / "quality.json").write_text(json.dumps(quality, indent=2) + "\n")
+    (folder / "quality.json").write_text(json.dumps(quality, indent=2) + "\n", encoding="utf-8")
     cards.write(folder, training, quality)
     return quality

@@ -71,4 +71,4 @@ if __name__ == "__main__":
     (DATA / "reference").mkdir(exist_ok=True)
     for name, arrays in references.items():
         save_file(arrays, DATA / "reference" / f"{name}.safetensors")
-    (DATA / "prompts" / "dungeon-tiles.txt").write_text("\n".join(tile_prompts(tiles)) + "\n")
+    (DATA / "prompts" / "dungeon-tiles.txt").write_text("\n".join(tile_prompts(tiles)) + "\n", encoding="utf-8")

@@ -80,7 +80,7 @@ def search(model: str, folder: Path) -> list[dict[str, Any]]:
 
 def known() -> list[dict[str, Any]]:
     """The rows of `FILE`: of the trials that were run so far."""
-    return json.loads(FILE.read_text()) if FILE.is_file() else []
+    return json.loads(FILE.read_text(encoding="utf-8")) if FILE.is_file() else []
 
 
 def _rates(model: str) -> list[Trial]:
@@ -133,7 +133,7 @@ def _dit(trial: Trial, folder: Path) -> dict[str, Any]:
 
 
 def _seconds(folder: Path) -> dict[str, Any]:
-    return {"seconds": json.loads((folder / "training.json").read_text())["seconds"]}
+    return {"seconds": json.loads((folder / "training.json").read_text(encoding="utf-8"))["seconds"]}
 
 
 def _largest(trace: Any) -> dict[str, Any]:

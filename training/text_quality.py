@@ -126,7 +126,7 @@ def measure(run: Path) -> dict[str, Any]:
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
     }
-    (folder / "quality.json").write_text(json.dumps(quality, indent=2) + "\n")
+    (folder / "quality.json").write_text(json.dumps(quality, indent=2) + "\n", encoding="utf-8")
     write_losses(mean_losses(log, 150), folder / "loss.csv")
     training_curve(pd.read_csv(folder / "loss.csv")).savefig(folder / "loss.png", metadata={"Software": None})
     captioned_sheet(sheets[s], [*map(str, unseen)], columns=8).save(folder / "samples.png", optimize=True)
@@ -153,7 +153,7 @@ def measure_matcher(run: Path) -> dict[str, Any]:
         **scores_of_real(matcher, tiles, held_out=True),
         **scores_of_real(matcher, tiles, held_out=False),
     }
-    (folder / "quality.json").write_text(json.dumps(quality, indent=2) + "\n")
+    (folder / "quality.json").write_text(json.dumps(quality, indent=2) + "\n", encoding="utf-8")
     cards.write(folder, training, quality)
     return quality
 

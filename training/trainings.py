@@ -83,7 +83,7 @@ def measure_training(run: Path) -> dict[str, Any]:
         "diffusers": diffusers.__version__,
     }
     FOLDER.mkdir(exist_ok=True)
-    (FOLDER / f"{run.name}.json").write_text(json.dumps(measured, indent=1) + "\n")
+    (FOLDER / f"{run.name}.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
     if run.name != SHIPPED:
         captioned_sheet(images, unseen, columns=8, zoom=1).save(FOLDER / f"{run.name}.png", optimize=True)
     return measured

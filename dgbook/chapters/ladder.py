@@ -26,7 +26,7 @@ RUNGS = ("tiny-dit-s", "tiny-dit-b", "tiny-dit-l", "tiny-dit-xl")
 def measurements() -> dict[str, dict[str, Any]]:
     """What `measure_rung` wrote of each size, the smallest first; a size that nobody measured is left out."""
     files = {name: DATA / "ladder" / f"{name}.json" for name in RUNGS}
-    return {name: json.loads(file.read_text()) for name, file in files.items() if file.is_file()}
+    return {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.is_file()}
 
 
 def history() -> pd.DataFrame:

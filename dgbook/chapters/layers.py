@@ -50,7 +50,7 @@ def training_history(model: str) -> pd.DataFrame:
     From the shipped model's own measurement; empty for a model whose training checkpoints nobody recorded here.
     """
     recorded = DATA / "models" / model / "quality.json"
-    snapshots = json.loads(recorded.read_text())["massive"] if recorded.is_file() else []
+    snapshots = json.loads(recorded.read_text(encoding="utf-8"))["massive"] if recorded.is_file() else []
     rows = [
         {"step": snapshot["step"], "block": block, "ratio": ratio, "dim": dim}
         for snapshot in snapshots

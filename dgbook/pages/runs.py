@@ -119,6 +119,6 @@ def hardware() -> str:
 def _processor() -> str:
     """The processor's name as Linux gives it, else as Python does."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     named = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return named[0] if named else platform.processor()

@@ -11,7 +11,7 @@ FILE = DATA / "ladder" / "search.json"
 
 def trials() -> str:
     """A row per trial; the lowest loss of each model in bold."""
-    rows = sorted(json.loads(FILE.read_text()), key=lambda row: list(MODELS).index(row["model"]))
+    rows = sorted(json.loads(FILE.read_text(encoding="utf-8")), key=lambda row: list(MODELS).index(row["model"]))
     lowest = {row["model"]: min(r["loss"] for r in rows if r["model"] == row["model"]) for row in rows}
     lines = [
         (

@@ -64,7 +64,7 @@ def measurements() -> dict[str, dict[str, Any]]:
     missing = [name for name in TRAININGS if not (FOLDER / f"{name}.json").is_file()]
     if missing:
         raise DgkitError(f"not measured: {', '.join(missing)}; training.trainings says how to")
-    return {name: json.loads((FOLDER / f"{name}.json").read_text()) for name in TRAININGS}
+    return {name: json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8")) for name in TRAININGS}
 
 
 def _largest(row: dict[str, Any]) -> Interval:

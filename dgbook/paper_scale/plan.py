@@ -199,7 +199,7 @@ def timing(name: str) -> Timing | None:
     files = [] if CHECKOUT is None else (CHECKOUT / "benchmarks").glob("*.json")
     found: list[tuple[str, Timing]] = []
     for path in files:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         if "rows" not in content or content["toy"]:
             continue
         times = {row["run"]: row["ms"] for row in content["rows"] if row["model"] == name and not row["compiled"]}

@@ -310,7 +310,7 @@ def _provenance(
     distinct = dict.fromkeys(path for paths in folders.values() for path in paths)  # rows may share their images
     made = [entry for path in distinct for entry in Store(path).provenance()]
     first = folders[next(iter(folders))][0]
-    identity = json.loads((first / "model.json").read_text())
+    identity = json.loads((first / "model.json").read_text(encoding="utf-8"))
     return provenance.provenance(parameters) | {
         "seed": parameters["seeds"],
         "weights_sha256": identity["weights_sha256"].get("transformer"),

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import nbformat
@@ -100,6 +101,31 @@ def test_a_failing_cell_is_one_error_and_leaves_the_notebook_to_look_at(folder, 
         notebooks.execute("failing", {}, tmp_path / "out", progress=False)
     assert "measured 8" in (tmp_path / "out" / "02_failing.ipynb").read_text()
     assert "DGKIT_COMMAND" not in notebooks.os.environ
+
+
+@pytest.mark.parametrize("value", [2024, 0.5, True, None, ["tiny-dit"]])
+def test_text_is_given_as_text(folder, tmp_path, value):
+    with pytest.raises(DgkitError, match=r"model=.* is not allowed: give text such as .tiny-dit"):
+        notebooks.execute("demo", {"model": value}, tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_kernel_that_is_killed_is_one_error(folder, tmp_path):
+    write_notebook(folder / "02_failing.ipynb", "import os, signal\nos.kill(os.getpid(), signal.SIGKILL)")
+    with pytest.raises(DgkitError, match=r"the kernel of notebook 'failing' died.* \(see .*02_failing") as caught:
+        notebooks.execute("failing", {}, tmp_path / "out", progress=False)
+    assert "\n" not in str(caught.value) and (tmp_path / "out" / "02_failing.ipynb").exists()
+
+
+def test_another_python_under_the_kernels_name_is_not_run(folder, tmp_path, monkeypatch):
+    spec = {"argv": ["/no/such/python", "{connection_file}"], "display_name": "Python 3", "language": "python"}
+    (tmp_path / "jupyter" / "kernels" / "python3").mkdir(parents=True)
+    (tmp_path / "jupyter" / "kernels" / "python3" / "kernel.json").write_text(json.dumps(spec))
+    monkeypatch.setenv("JUPYTER_DATA_DIR", str(tmp_path / "jupyter"))
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
+    write_notebook(folder / "01_demo.ipynb", "import sys\nprint('run by', sys.executable)")
+    path = notebooks.execute("demo", {}, tmp_path / "out", progress=False) / "01_demo.ipynb"
+    assert f"run by {sys.executable}" in texts(path)
 
 
 def test_unknown_and_missing_notebooks_are_errors(folder):

@@ -46,3 +46,22 @@ def test_every_name_of_the_package_is_there_and_errors_can_be_caught() -> None:
         dgkit.dissect(3)
     for error in (dgkit.DataError, dgkit.LoadError, dgkit.ModelError):
         assert issubclass(error, dgkit.DgkitError) and issubclass(error, ValueError)
+
+
+def test_every_text_that_is_opened_names_its_encoding() -> None:
+    """Else it is the machine's: ASCII on some clusters, another code page on Windows."""
+    lacking = []
+    for package in ("dgkit", "dgbook", "training", "benchmarks"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if not isinstance(call, ast.Call):
+                    continue
+                name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+                first = next((a.value for a in call.args if isinstance(a, ast.Constant)), "r")
+                owner = getattr(getattr(call.func, "value", None), "id", "")
+                text = name in ("read_text", "write_text") or (
+                    name == "open" and owner not in ("Image", "archive", "content") and "b" not in str(first)
+                )
+                if text and owner != "" and not any(keyword.arg == "encoding" for keyword in call.keywords):
+                    lacking.append(f"{path.relative_to(ROOT)}:{call.lineno}")
+    assert lacking == []

@@ -294,6 +294,63 @@ def test_a_folder_with_fp16_variants_alone_will_do(hub: Hub, tmp_path: Path) -> 
     assert all(torch.equal(weight, expected[name]) for name, weight in pipe.text_encoder_3.state_dict().items())
 
 
+def only_variant(part: Path, variant: str, *, others: bool = False) -> None:
+    """Leave a part its weights under the name of a variant, of values that no other file has; or beside the others."""
+    for file in part.glob("*fp16*"):
+        file.unlink()
+    for index in part.glob("*.index.json"):
+        content = json.loads(index.read_text())
+        content["weight_map"] = {k: v.replace("-0", f".{variant}-0", 1) for k, v in content["weight_map"].items()}
+        index.with_suffix(f".{variant}.json").write_text(json.dumps(content))
+        if not others:
+            index.unlink()
+    for whole in list(part.glob("*.safetensors")):
+        halved = {name: (weight / 2).to(torch.bfloat16) for name, weight in load_file(whole).items()}
+        stem, dash, shard = whole.stem.partition("-")
+        save_file(halved, part / f"{stem}.{variant}{dash}{shard}.safetensors", {"format": "pt"})
+        if not others:
+            whole.unlink()
+
+
+def test_a_variant_is_read_only_where_there_is_no_other(hub: Hub, tmp_path: Path) -> None:
+    """bf16 alone for one encoder, fp16 alone for another, fp16 beside the full weights of the transformer."""
+    folder = shutil.copytree(hub.folder(SD3), tmp_path / "sd3")
+    only_variant(folder / "text_encoder", "bf16")
+    only_variant(folder / "text_encoder_2", "fp16")
+    only_variant(folder / "transformer", "fp16", others=True)
+    pipe = dgkit.load(folder, device="cpu")
+    assert_weights(pipe, stored(hub.folder(SD3) / "transformer"))
+    assert_read(pipe, folder, "text_encoder", "text_encoder_2")
+
+
+def assert_read(pipe: Any, folder: Path, *parts: str) -> None:
+    """In float32 the very numbers of the files."""
+    for part in parts:
+        found = pipe.components[part].state_dict()
+        for file in (folder / part).glob("*.safetensors"):
+            assert all(torch.equal(found[name], weight.float()) for name, weight in load_file(file).items())
+
+
+def test_a_folder_with_bf16_files_alone_will_do(hub: Hub, tmp_path: Path) -> None:
+    folder = shutil.copytree(hub.folder(SD3), tmp_path / "sd3")
+    for part in ("text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "vae"):
+        only_variant(folder / part, "bf16")
+    pipe = dgkit.load(folder, device="cpu")
+    assert_read(pipe, folder, "transformer", "text_encoder", "text_encoder_3", "vae")
+
+
+def test_pointers_in_place_of_weights_are_named(hub: Hub, address: str, tmp_path: Path) -> None:
+    """What a clone without Git LFS has."""
+    folder = shutil.copytree(hub.folder(SD3), tmp_path / "sd3")
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    for file in (folder / "transformer").glob("*.safetensors"):
+        file.write_bytes(pointer)
+    (tmp_path / "lone.safetensors").write_bytes(pointer)
+    for path in (folder, tmp_path / "lone.safetensors"):
+        with pytest.raises(LoadError, match="Git LFS pointer: run `git lfs pull`"):
+            dgkit.load(path, device="cpu")
+
+
 def test_pickles_are_not_opened(hub: Hub, tmp_path: Path) -> None:
     folder = shutil.copytree(hub.folder(DIT), tmp_path / "dit")
     with pytest.raises(LoadError, match="it has pickles, which dgkit does not open: convert them to safetensors"):

@@ -14,6 +14,7 @@ from torch import nn
 
 import dgkit
 from dgkit.errors import DgkitError, ModelError
+from dgkit.guidance.calibrate import locate
 from dgkit.massive import channel_ratio, matched_dims
 from tests.tiny_models import ALL_CLASSES, CLASSES, build, image_slice, inputs, pipeline, prompts, sample, streams
 
@@ -388,3 +389,38 @@ def test_runs_of_one_step_and_other_pipelines_are_told_apart() -> None:
         pipe(**call)
         other(**call)
     assert sorted(trace.labels) == ["cond", "unknown"]
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_what_is_not_finite_is_named_wherever_a_trace_is_judged(value: float) -> None:
+    """One value after block 1, as float16 makes it where massive channels are large; the next blocks are NaN then."""
+    pipe = pipeline("sd3")
+
+    def overflow(module: Any, args: Any, output: Any) -> Any:
+        output[1][:, 3, 7] = value
+        return output
+
+    pipe.transformer.transformer_blocks[1].register_forward_hook(overflow)
+    with dgkit.record(pipe, track=[7], maps=[7], keep=[1]) as trace:
+        sample(pipe, "sd3")
+    readings: dict[str, Callable[[], Any]] = {
+        "ratio": lambda: dgkit.detect_massive(trace),
+        "sun": lambda: dgkit.detect_massive(trace, "sun"),
+        "top_k": lambda: dgkit.detect_massive(trace, "top_k", k=2),
+        "matched": lambda: matched_dims(trace, 2, [7]),
+        "gates": lambda: dgkit.residual_gates(trace),
+        "agreement": lambda: dgkit.gate_agreement(trace),
+        "locate": lambda: locate(trace),
+        "mean": trace.mean_abs,
+        "share": trace.token_share,
+        "energy": trace.energy_share,
+        "tracked": trace.tracked,
+        "map": lambda: trace.map(1, 7),
+        "one timestep": lambda: trace.mean_abs(timestep=trace.timesteps()[0]),
+    }
+    for read in readings.values():
+        with pytest.raises(ModelError, match="block 1 put out an infinity or NaN in channel 7 .*float16.* overflows"):
+            read()
+    largest = trace.max_abs(timestep=trace.timesteps()[0])
+    assert largest[0].isfinite().all() and not largest[1, 7].isfinite()
+    assert not trace.tensors(1).isfinite().all()
