@@ -9,7 +9,8 @@ import pytest
 
 import dgkit
 
-LIBRARY = Path(__file__).parents[2] / "dgkit"
+ROOT = Path(__file__).parents[2]
+LIBRARY = ROOT / "dgkit"
 ABOVE = {"dgbook", "training", "benchmarks", "tests"}
 
 
@@ -59,9 +60,10 @@ def test_every_text_that_is_opened_names_its_encoding() -> None:
                 name = getattr(call.func, "attr", getattr(call.func, "id", ""))
                 first = next((a.value for a in call.args if isinstance(a, ast.Constant)), "r")
                 owner = getattr(getattr(call.func, "value", None), "id", "")
-                text = name in ("read_text", "write_text") or (
+                method = isinstance(call.func, ast.Attribute)
+                text = (method and name in ("read_text", "write_text")) or (
                     name == "open" and owner not in ("Image", "archive", "content") and "b" not in str(first)
                 )
-                if text and owner != "" and not any(keyword.arg == "encoding" for keyword in call.keywords):
+                if text and not any(keyword.arg == "encoding" for keyword in call.keywords):
                     lacking.append(f"{path.relative_to(ROOT)}:{call.lineno}")
     assert lacking == []
