@@ -84,7 +84,7 @@ _FLUX = Preset(21, (154, 1446), 4.0, 2.0, 3.5, 50, "Tables 4 and 5")
 MODELS: dict[str, Model] = {
     "tiny-dit": Model(
         None, "DiTPipeline", "DiTTransformer2DModel", 8, 128, "MIT", 0.01,
-        Preset(2, (7, 83), 0.1, 0.2, 4.0, 20, "dims by detect_massive, w by the calibration in the model card"),
+        Preset(2, (7, 83), 0.02, 0.2, 4.0, 20, "dims by detect_massive, w by the calibration in the model card"),
         data="fashion-mnist", side=28, tokens=49,
     ),
     "tiny-sd3": Model(
