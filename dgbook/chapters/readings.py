@@ -59,6 +59,7 @@ def settings(
     if block + 1 < len(dissect(pipe).blocks):
         readings["m counts from zero"] = dg(block=block + 1)
     return readings | {
+        "CFG at s + 1": Setting(guidance_scale + 1),  # Table 5's CFG row by Eq. 5
         "lambda is s": dg(guidance_scale=max(1.0, guidance_scale - 1)),  # 1 is no CFG: lambda has no smaller value
         "another channel": dg(dims=[other]),
         "first half of the steps": dg(stop=0.5),
