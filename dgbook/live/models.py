@@ -142,7 +142,7 @@ def export(name: str) -> Exported:
         ids = {f"ids_{i}": torch.ones(1, length, dtype=torch.int64) for i in range(len(tokenizers))}
         by_rank = sorted(graph.conditions, key=lambda key: -graph.conditions[key].ndim)  # as the graph puts them out
         graphs["text"] = onnx_bytes(TextGraph(pipe, length), ids, by_rank)
-        constants["tokenizers"] = [_tokenizer(getattr(pipe, part), length) for part in tokenizers]
+        constants["tokenizers"] = [tokenizer_data(getattr(pipe, part), length) for part in tokenizers]
     else:
         constants["null"] = pipe.transformer.config.num_embeds_ada_norm
     return Exported(graphs, constants, choices)
@@ -169,7 +169,7 @@ def _choices(name: str, pipe: Any) -> dict[str, Any]:
     return chosen | {"captions": list(dict.fromkeys((DATA / "prompts" / f"{row.data}.txt").read_text().splitlines()))}
 
 
-def _tokenizer(tokenizer: Any, length: int) -> dict[str, Any]:
+def tokenizer_data(tokenizer: Any, length: int) -> dict[str, Any]:
     """What the page's own tokenizers need of a byte-pair or unigram tokenizer."""
     data = json.loads(tokenizer.backend_tokenizer.to_str())
     model = data["model"]
