@@ -18,7 +18,10 @@ SITE := _build/site
 EXECUTED := $(SITE)/executed
 SOURCES := $(shell find dgkit dgbook notebooks data -type f -not -name '*.pyc' -not -path '*/.*')
 PYTEST := $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile
-BUILD := cp -r _config.yml _toc.yml book data $(SITE) && \
+# the models of the live page, exported: what is there for the same weights and code stays
+LIVE := _build/live/models.js
+BUILD := rm -rf $(SITE)/book && cp -r _config.yml _toc.yml book data $(SITE) && \
+    cp -r _build/live $(SITE)/book/_static/live/data && \
     $(BIN)/jupyter-book build $(SITE) --path-output . --all -W -n --keep-going
 
 # idle OpenMP threads must not spin; "python3" kernels are this environment's, whatever the user has registered
@@ -30,7 +33,7 @@ checks $(EXECUTED): export OMP_NUM_THREADS := 1
 
 .PHONY: book test test-book checks notebooks pdf bench stress clean
 
-book: $(EXECUTED)
+book: $(EXECUTED) $(LIVE)
 	$(BUILD)
 
 test: checks notebooks
@@ -50,10 +53,14 @@ $(EXECUTED): $(ENVIRONMENT) $(SOURCES)
 	    -p tests.keep_notebooks --keep-in $(SITE)/notebooks
 	touch $@
 
-test-book: $(ENVIRONMENT)
-	$(BIN)/pytest tests/site/rendered_book.py
+$(LIVE): $(ENVIRONMENT) $(shell find dgkit dgbook/live data/models data/prompts -type f -not -name '*.pyc')
+	OMP_NUM_THREADS=1 $(BIN)/python -m dgbook.live $(@D)
+	touch $@
 
-pdf: $(EXECUTED)
+test-book: $(ENVIRONMENT)
+	$(BIN)/pytest tests/site/rendered_book.py tests/site/live_page.py
+
+pdf: $(EXECUTED) $(LIVE)
 	$(BUILD) --builder singlehtml
 	$(CHROMIUM) --headless --no-sandbox --no-pdf-header-footer --generate-pdf-document-outline \
 	    --virtual-time-budget=60000 --print-to-pdf=_build/book.pdf file://$(CURDIR)/_build/singlehtml/index.html

@@ -1,10 +1,14 @@
 """Parts of a pipeline as ONNX graphs, with inputs and outputs that are alike for all models.
 
-| graph | inputs | outputs |
-|---|---|---|
-| transformer | latents (B, c, h, w), timestep (B,), mask (L, B, C), the conditions | prediction (B, c, h, w), magnitude and energy (L, B, C) |
-| text | ids_0, ids_1, ... (1, n) of the tokenizers | the conditions of one caption |
-| decoder | latents (B, c, h, w) | image (B, 3, H, W), from 0 to 1 |
+transformer
+: latents (B, c, h, w), timestep (B,), mask (L, B, C) and the conditions to prediction (B, c, h, w), magnitude and
+  energy (L, B, C)
+
+text
+: ids_0, ids_1, ... (1, n) of the tokenizers to the conditions of one caption
+
+decoder
+: latents (B, c, h, w) to an image (B, 3, H, W) from 0 to 1
 
 L blocks, C channels, B rows, each of which has latents, conditions and a mask of its own. The mask multiplies the image
 tokens of each block's output; magnitude and energy are the means of |z| and z^2 over the image tokens after that.
@@ -167,7 +171,7 @@ def onnx_bytes(
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # tracing warns of every size that it takes as a constant
         raw, simple = Path(folder) / "raw.onnx", Path(folder) / "simple.onnx"
-        with mock.patch.object(F, "rms_norm", _rms_norm):
+        with mock.patch.object(F, "rms_norm", _rms_norm), mock.patch.object(Tensor, "reshape", _reshape):
             torch.onnx.export(
                 graph.eval(),
                 tuple(example.values()),
@@ -194,3 +198,16 @@ def _rms_norm(x: Tensor, shape: Any, weight: Tensor | None = None, eps: float | 
     """`torch.nn.functional.rms_norm`, for which the exporter has no operator."""
     normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + (torch.finfo(x.dtype).eps if eps is None else eps))
     return normed if weight is None else normed * weight
+
+
+_plain_reshape = Tensor.reshape
+
+
+def _reshape(x: Tensor, *shape: Any, **named: Any) -> Tensor:
+    """`Tensor.reshape`, where the last axis is cut into pairs (Flux's rotary embedding) without the sizes before it.
+
+    Those come from a slice of a shape, which a trace takes as constants: the batch would be fixed.
+    """
+    if len(shape) == x.ndim + 1 and shape[-2:] == (-1, 2):
+        return x.unflatten(-1, (x.shape[-1] // 2, 2))
+    return _plain_reshape(x, *shape, **named)

@@ -52,9 +52,8 @@ def _watched(pipe: Any) -> Iterator[_Run]:
     def forward(*args: Any, **kwargs: Any) -> tuple[Tensor]:
         run.call = dict(signature.bind(*args, **kwargs).arguments)
         latents = run.call[anatomy.row.latents]
-        channels = getattr(model.config, "out_channels", None) or latents.shape[1]
-        output = latents if latents.ndim == 3 else latents.new_zeros(len(latents), channels, *latents.shape[2:])
-        return SimpleOutput((output,))
+        sigma = latents if anatomy.predicted_channels else latents[:, :0]
+        return _Output((torch.cat([latents, sigma], 1),))
 
     def coefficients(prediction: Tensor, t: Any, latents: Tensor, **kwargs: Any) -> Any:
         x, v = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
@@ -67,8 +66,7 @@ def _watched(pipe: Any) -> Iterator[_Run]:
 
     def decode(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
         run.latent = tuple(latents.shape[1:])
-        side = zoo.row_of(pipe).side  # type: ignore[union-attr]
-        return SimpleOutput((latents.new_zeros(len(latents), 3, side, side),))
+        return _Output((latents.new_zeros(len(latents), 3, *latents.shape[2:]),))
 
     signature = inspect.signature(model.forward)
     with (
@@ -79,8 +77,8 @@ def _watched(pipe: Any) -> Iterator[_Run]:
         yield run
 
 
-class SimpleOutput(tuple[Tensor]):
-    """A tuple that is a diffusers output, too."""
+class _Output(tuple[Tensor]):
+    """A tuple that is an output of diffusers, too."""
 
     @property
     def sample(self) -> Tensor:
@@ -113,10 +111,10 @@ def export(name: str) -> Exported:
             sampling.generate(pipe, condition, [0], num_inference_steps=steps)
         tables.append(run.steps)
     graph = TransformerGraph(pipe, run.call, run.latent)
-    layers = anatomy.row
+    timestep = run.call[anatomy.row.timestep]
     example = {
         "latents": torch.randn(_ROWS, *run.latent),
-        "timestep": run.call[layers.timestep].repeat(_ROWS),
+        "timestep": timestep.repeat(_ROWS),
         "mask": torch.ones(len(anatomy.blocks), _ROWS, anatomy.channels),
         **{key: torch.cat([value] * _ROWS) for key, value in graph.conditions.items()},
     }
@@ -133,7 +131,7 @@ def export(name: str) -> Exported:
         "blocks": len(anatomy.blocks),
         "channels": anatomy.channels,
         "conditions": {key: list(value.shape[1:]) for key, value in graph.conditions.items()},
-        "integerTimestep": not run.call[layers.timestep].is_floating_point(),
+        "integerTimestep": not timestep.is_floating_point(),
         "tables": tables,
     }
     choices = _choices(name, pipe) | {"blocks": len(anatomy.blocks), "channels": anatomy.channels, "side": row.side}

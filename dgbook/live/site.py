@@ -1,4 +1,4 @@
-"""The folder that the live page loads from: models and their runtime as scripts, which also work from a file on disk."""
+"""The folder that the live page loads from: models and their runtime as scripts, which work from a file on disk."""
 
 import base64
 import gzip

@@ -32,7 +32,10 @@ PATIENCE = 120_000  # milliseconds; the machine may be busy
 # name, settings that are not the model's own
 SETTINGS: list[tuple[str, dict[str, Any]]] = [
     *((name, {"steps": 6, "seed": 3}) for name in NAMES),
-    ("tiny-sd3", {"steps": 7, "seed": 12345, "start": 0.3, "stop": 0.8, "w": 0.5, "s": 2.5, "block": 1, "dims": [3, 50]}),
+    (
+        "tiny-sd3",
+        {"steps": 7, "seed": 12345, "start": 0.3, "stop": 0.8, "w": 0.5, "s": 2.5, "block": 1, "dims": [3, 50]},
+    ),
     ("tiny-dit", {"steps": 5, "seed": 2**32 - 1, "start": 0.4, "w": 0.3, "class": 8}),
     ("tiny-flux", {"steps": 5, "s": 1, "block": 6, "caption": "a red xylophone"}),
 ]

@@ -78,7 +78,14 @@ def ids(name: str, texts: list[str]) -> list[list[int]]:
 
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_captions_have_the_same_tokens(node: Node, name: str) -> None:
-    texts = [*CAPTIONS, "", "Dark  BRICK wall, it's 10 o'clock!", "café naïve ＡＢ İß", "日本 🙂", "a</s>b <|endoftext|>c"]
+    texts = [
+        *CAPTIONS,
+        "",
+        "Dark  BRICK wall, it's 10 o'clock!",
+        "café naïve ＡＢ İß",
+        "日本 🙂",
+        "a</s>b <|endoftext|>c",
+    ]
     assert node.ask(kind="encode", name=name, texts=texts) == ids(name, texts)
 
 

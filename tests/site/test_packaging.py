@@ -49,7 +49,7 @@ def test_the_library_pulls_what_it_imports() -> None:
 def test_the_extra_book_pulls_what_the_companion_imports_besides() -> None:
     by_papermill, by_ipykernel, by_torchvision = {"nbformat"}, {"ipython", "jupyter-client"}, {"pillow"}
     elsewhere = by_papermill | by_ipykernel | by_torchvision
-    others = set(bounds(EXTRAS["reference"] + EXTRAS["scores"] + EXTRAS["cluster"]))
+    others = set(bounds(EXTRAS["pages"] + EXTRAS["reference"] + EXTRAS["scores"] + EXTRAS["cluster"]))
     needed = imported("dgbook") - set(bounds(PROJECT["dependencies"])) - elsewhere - others
     assert set(bounds(EXTRAS["book"])) == needed | {"ipykernel"}
 
