@@ -151,7 +151,8 @@ document.addEventListener("DOMContentLoaded", () => {
     part["stop-at"].textContent = first < last ? last : "none";
     const missing = dgLive.size(now.model);
     input.run.textContent = `Run ${now.model} in this page`;
-    part.size.textContent = `Loads ${(missing / 1e6).toFixed(1)} MB from this book, once. Nothing you enter leaves the page.`;
+    const loads = missing ? `Loads ${(missing / 1e6).toFixed(1)} MB from this book, once.` : "Loaded already.";
+    part.size.textContent = `${loads} Nothing you enter leaves the page.`;
     part.start.hidden = ready === now.model;
     if (part.strip.dataset.of !== now.model) {
       const image = Object.assign(new Image(), { src: dgLive.strip(now.model), className: "dark-light" });
@@ -199,7 +200,7 @@ document.addEventListener("DOMContentLoaded", () => {
       const button = Object.assign(document.createElement("button"), { type: "button", textContent: `${channel} (${ratio.toFixed(1)}\u00d7)` });
       button.setAttribute("aria-pressed", picked.includes(channel));
       button.setAttribute("aria-label", `channel ${channel}, ${ratio.toFixed(1)} times the median`);
-      button.onclick = () => map_pick(channel);
+      button.onclick = () => pick(channel);
       return button;
     });
     const ordinary = Object.assign(document.createElement("button"), { type: "button", textContent: "ordinary ones" });
@@ -210,7 +211,7 @@ document.addEventListener("DOMContentLoaded", () => {
     if (focused >= 0) part.chips.children[focused].focus();
   }
 
-  function map_pick(channel) {
+  function pick(channel) {
     const dims = now.dims === "ordinary" ? [] : now.dims;
     set({ dims: dims.includes(channel) ? dims.filter((dim) => dim !== channel) : [...dims, channel] });
   }
@@ -284,8 +285,10 @@ document.addEventListener("DOMContentLoaded", () => {
       largest = Math.max(largest, value);
       return value;
     });
-    values.forEach((value, i) => difference.data.set([value, value, value, 255], 4 * i));
-    const words = `Difference: ${(sum / (3 * values.length)).toFixed(1)} of 255 grey levels on average, ${largest} at most`;
+    const gain = Math.max(1, Math.floor(255 / Math.max(largest, 1)));
+    values.forEach((value, i) => difference.data.set([gain * value, gain * value, gain * value, 255], 4 * i));
+    const shown = gain > 1 && largest ? `, shown ${gain} times as bright` : "";
+    const words = `Difference: ${(sum / (3 * values.length)).toFixed(1)} of 255 grey levels on average, ${largest} at most${shown}`;
     part.difference.textContent = words;
     paint(part["difference-image"], difference, words);
   }
