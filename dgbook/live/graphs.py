@@ -45,7 +45,7 @@ class TransformerGraph(nn.Module):
         latent: shape (c, h, w) of the pipeline's latents, before they are packed to tokens (Flux).
     """
 
-    def __init__(self, pipe: Any, call: Mapping[str, Any], latent: tuple[int, int, int]) -> None:
+    def __init__(self, pipe: Any, call: Mapping[str, Any], latent: tuple[int, ...]) -> None:
         super().__init__()
         self.anatomy = dissect(pipe)
         self.model = self.anatomy.model

@@ -107,7 +107,7 @@ def _write_scripts(folder: Path, name: str, parts: Mapping[str, bytes]) -> list[
     for old in folder.glob(f"{name}.*.js"):
         old.unlink()
     text = pack(parts)
-    files = []
+    files: list[str] = []
     for start in range(0, len(text), CHUNK):
         file = f"{name}.{len(files)}.js"
         with replacing(folder / file) as partial:

@@ -51,7 +51,7 @@ function liveWorker(sampler) {
       const history = [];
       const latents = await model.sample(settings, async ({ clean, ...step }) => {
         history.push(clean);
-        const images = step.step % 4 === 0 && step.step < step.steps ? await model.decode(clean) : null;
+        const images = step.step % 4 === 1 && step.step < step.steps ? await model.decode(clean) : null;
         postMessage({ id, step: { ...step, images } });
         await new Promise((resolve) => setTimeout(resolve)); // lets newer messages in
         return running === id;
