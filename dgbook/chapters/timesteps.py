@@ -4,11 +4,16 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dgbook.chapters import study
 from dgbook.measures import stats
 from dgbook.measures.stats import Interval
-from dgkit.gates import gate_agreement
+from dgkit.gates import gate_agreement, residual_gates
 from dgkit.recording import Trace
+
+PERMUTATIONS = 999
 
 
 def open_study(*, images_per_condition: int, **sampled: Any) -> study.Study:
@@ -67,4 +72,29 @@ def timestep_values(trace: Trace, conditions: Sequence[Any], block: int) -> dict
         },
         "timesteps": trace.timesteps(),
         "magnitude_by_timestep": tracked.mean(1),
+    }
+
+
+def timestep_arrays(trace: Trace, conditions: Sequence[Any], block: int) -> dict[str, NDArray[Any]]:
+    """What the tests of the chapter rest on, for a result's `arrays`.
+
+    "magnitude.by_timestep": mean |z| of the first tracked dim, (timesteps, images), and "magnitude.condition", a number
+    for each image's condition: of both `variance_explained` can be computed again. "magnitude.trend": of each image,
+    the last step's magnitude over the first's, or with classes over that of the middle step (the paper claims it of DiT-XL
+    from T/2 on). "gates.percentile": for each residual gate, the share of channels that z's largest channel exceeds in |alpha|
+    of the same block; "gates.permuted": its mean over the gates under 999 permutations of the channels.
+    """
+    tracked = trace.tracked()[:, :, block, 0].numpy()
+    gates = residual_gates(trace)
+    order = gates.mean_abs.argsort(1).argsort(1).numpy() / (gates.mean_abs.shape[1] - 1)
+    largest = [int(trace.mean_abs()[row].argmax()) for row, _ in gates.rows]
+    first = 0 if isinstance(conditions[0], str) else len(tracked) // 2
+    rng, each = np.random.default_rng(0), np.arange(len(largest))
+    permuted = [order[each, rng.permutation(order.shape[1])[largest]].mean() for _ in range(PERMUTATIONS)]
+    return {
+        "magnitude.by_timestep": tracked,
+        "magnitude.condition": np.unique([str(c) for c in conditions], return_inverse=True)[1],
+        "magnitude.trend": tracked[-1] / tracked[first],
+        "gates.percentile": order[each, largest],
+        "gates.permuted": np.array(permuted),
     }

@@ -27,20 +27,10 @@ def value_at(values: Values, path: str) -> Any:
     return value
 
 
-def number_of_fixed_dims(v: Values) -> int:
-    """How many dims are massive in more than half of the blocks."""
-    return len(v["fixed_dims"])
-
-
-def fixed_dims_listed(v: Values) -> str:
-    """The dims that are massive in more than half of the blocks, such as "dims 7, 8 and 9"."""
-    words = [str(int(dim)) for dim in v["fixed_dims"]]
-    return f"dims {' and '.join(filter(None, [', '.join(words[:-1]), words[-1]]))}" if words else "none"
-
-
-def share_of_gates_with_same_largest(v: Values) -> float:
-    """In which share of the residual gates the largest channel is z's."""
-    return float(v["gates"]["same_largest"] / v["gates"]["count"])
+def fixed_channels_listed(v: Values) -> str:
+    """The channels that are most often the largest, such as "7, 8 and 9"."""
+    words = [str(int(dim)) for dim in v["fixed"]["channels"]]
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 def last_block(v: Values) -> int:
@@ -106,9 +96,7 @@ def _other_frechet_changes(v: Values) -> dict[str, Interval]:
 _DERIVED: dict[str, Callable[[Values], Any]] = {
     f"derived.{function.__name__}": function
     for function in (
-        number_of_fixed_dims,
-        fixed_dims_listed,
-        share_of_gates_with_same_largest,
+        fixed_channels_listed,
         last_block,
         sharpest_block,
         largest_sharpness_ratio,

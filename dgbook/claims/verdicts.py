@@ -149,12 +149,13 @@ def _side(part: Part, mean: float, p: float) -> str:
 
 def _rank_test(part: Part, record: Record) -> tuple[str, float | None]:
     """Whether the mean over images exceeds that of nearly all draws; it does not hold at or below their median."""
-    drawn = record.arrays[str(part.bound)].astype(np.float64)
-    value = per_image(record.arrays, part.value)[: drawn.shape[1]].mean()
-    p = stats.rank_p_value(value, drawn.mean(1))
+    drawn, values = record.arrays[str(part.bound)].astype(np.float64), per_image(record.arrays, part.value)
+    if drawn.ndim == 2:  # of each image that the draws have, too
+        drawn, values = drawn.mean(1), values[: drawn.shape[1]]
+    p = stats.rank_p_value(values.mean(), drawn)
     if p <= LEVEL:
         return HOLDS, p
-    return FAILS if value <= np.median(drawn.mean(1)) else UNDECIDED, p
+    return FAILS if values.mean() <= np.median(drawn) else UNDECIDED, p
 
 
 def _number_test(part: Part, record: Record) -> tuple[str, float | None]:

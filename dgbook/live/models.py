@@ -15,6 +15,7 @@ from torch import Tensor
 from dgbook.live.graphs import DecoderGraph, TextGraph, TransformerGraph, onnx_bytes, parts
 from dgkit import sampling, zoo
 from dgkit.anatomy import dissect
+from dgkit.files import read_lines
 from dgkit.paths import DATA
 
 MODELS = ("tiny-sd3", "tiny-flux", "tiny-dit")
@@ -155,7 +156,7 @@ def _choices(name: str, pipe: Any) -> dict[str, Any]:
         "preset": {
             "block": preset.block,
             "dims": list(preset.dims or ()),
-            "scale": preset.scale,
+            "scale": preset.scale_with_cfg,  # of the panel with both; DG alone starts from it, too
             "guidance": preset.guidance_scale,
             "steps": preset.steps,
         },
@@ -164,7 +165,7 @@ def _choices(name: str, pipe: Any) -> dict[str, Any]:
     if labels := getattr(pipe, "labels", None):
         classes = {index: label for label, index in labels.items()}
         return chosen | {"classes": [classes[index] for index in sorted(classes)]}
-    return chosen | {"captions": list(dict.fromkeys((DATA / "prompts" / f"{row.data}.txt").read_text().splitlines()))}
+    return chosen | {"captions": list(dict.fromkeys(read_lines(DATA / "prompts" / f"{row.data}.txt")))}
 
 
 def tokenizer_data(tokenizer: Any, length: int) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any
 from dgbook.files import replacing, write_whole
 from dgbook.live import models, strip
 from dgkit.errors import DgkitError
+from dgkit.files import read_json
 
 RUNTIME = "onnxruntime-web@1.30.0"
 """The npm package with the runtime; MIT."""
@@ -33,6 +34,9 @@ RUNTIME_FILES = {
 }
 """What the page needs of it: path in the package and SHA-256, by the name the worker knows."""
 
+FIRST = "tiny-dit"
+"""The model of the first page's picture: the one on which the effects can be seen."""
+
 CHUNK = 1 << 20
 """Characters of one script: the page's progress bar moves with each."""
 
@@ -45,7 +49,7 @@ def build(folder: Path, names: tuple[str, ...] = models.MODELS) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     listed = folder / "made.json"
-    made: dict[str, Any] = json.loads(listed.read_text()) if listed.is_file() else {}
+    made: dict[str, Any] = read_json(listed) if listed.is_file() else {}
 
     def up_to_date(name: str, key: str) -> bool:
         return made.get(name, {}).get("key") == key and all((folder / file).is_file() for file in made[name]["files"])
@@ -67,6 +71,10 @@ def build(folder: Path, names: tuple[str, ...] = models.MODELS) -> None:
             picture = f"{name}.png"
             strip.draw(name, folder / picture)
             note(name, key, [*_write_scripts(folder, name, parts), picture], choices=exported.choices)
+    key = _digest(code + models.files_of(FIRST))
+    if not up_to_date("first", key):
+        strip.draw_first(folder / "first.png", FIRST)
+        note("first", key, ["first.png"])
     shown = {name: made[name]["choices"] | {"scripts": _scripts(folder, made[name])} for name in names}
     shown_json = json.dumps({"runtime": _scripts(folder, made["runtime"]), "models": shown}, ensure_ascii=False)
     write_whole(folder / "models.js", f"dgLive.offer({shown_json});\n")
@@ -111,7 +119,7 @@ def _write_scripts(folder: Path, name: str, parts: Mapping[str, bytes]) -> list[
     for start in range(0, len(text), CHUNK):
         file = f"{name}.{len(files)}.js"
         with replacing(folder / file) as partial:
-            partial.write_text(f'dgLive.take("{name}", {len(files)}, "{text[start : start + CHUNK]}");\n')
+            partial.write_text(f'dgLive.take("{name}", {len(files)}, "{text[start : start + CHUNK]}");\n', "utf-8")
         files.append(file)
     return files
 

@@ -4,36 +4,54 @@ from collections.abc import Mapping
 
 from dgbook.chapters import readings
 from dgbook.claims import verdicts
-from dgbook.claims.verdicts import Verdict
+from dgbook.claims.verdicts import FAILS, HOLDS, NOT_MEASURED, UNDECIDED, Answer, Verdict
 from dgbook.markdown import code, plain, table
-from dgbook.pages.text import chapter_link
+from dgbook.pages.text import chapter_link, claim_target
 from dgkit.errors import DgkitError
 from dgkit.zoo import MODELS
 
 NO_RUN = "No reference run of this chapter is stored."
 
 CHAPTERS = {
-    "01_layer_properties": "massive activations occur in all layers, in a few fixed dimensions, in all image tokens",
-    "02_timestep_vs_text": "the residual gate alpha decides which dimensions, the timestep decides their magnitude, "
-    "the text does neither",
-    "03_intervention": "without massive activations, images lose local detail and keep their content",
-    "04_detail_guidance": "guiding away from the model without them (Detail Guidance, DG) adds detail, with and "
-    "without classifier-free guidance (CFG)",
-    "05_ablations": "intermediate blocks are best for it, and it is stable over its scales",
-    "06_imagenet": "DG improves FID, IS and precision on ImageNet",
+    "01_layer_properties": "Massive activations: in all layers, at a few channels, in all image tokens?",
+    "02_timestep_vs_text": "Does the timestep set their size, and not the text?",
+    "03_intervention": "Without them, do images lose detail, and only detail?",
+    "04_detail_guidance": "Does Detail Guidance (DG) add detail, alone and beside classifier-free guidance (CFG)?",
+    "05_ablations": "Is it best in intermediate blocks, and stable over its scales?",
+    "06_imagenet": "Does it improve FID, IS and precision, as on ImageNet?",
 }
-"""What the paper claims, chapter by chapter."""
+"""What each chapter asks of the paper's claims."""
+
+BADGES = {HOLDS: ("success", "✓"), FAILS: ("danger", "✗"), UNDECIDED: ("warning", "?"), NOT_MEASURED: ("light", "–")}
+"""The colour and the sign of each word."""
 
 
 def chapters() -> str:
-    """The paper's claims, a row per chapter, and the verdict on each shipped model."""
+    """What each chapter asks, a row each, and a badge for every test on each shipped model, linked to its claim."""
     shipped = [name for name, row in MODELS.items() if row.source is None]
     lines = []
-    for chapter, claim in CHAPTERS.items():
+    for chapter, question in CHAPTERS.items():
         found = verdicts.of_references(chapter)
-        cells = [str(found[model]) if model in found else _no_run(chapter, model) for model in shipped]
-        lines.append((chapter_link(chapter, ""), claim, *cells))
-    return table(("", "claim", *(f"on {code(model)}" for model in shipped)), lines)
+        cells = [" ".join(map(_badge, found[m].answers)) if m in found else _no_run(chapter, m) for m in shipped]
+        lines.append((chapter_link(chapter, ""), question, *cells))
+    legend = ", ".join(f"{{bdg-{colour}}}`{sign}` {word}" for word, (colour, sign) in BADGES.items())
+    return f"{table(('', 'question', *map(code, shipped)), lines)}\n\nA badge for each test: {legend}. Each leads to its claim."
+
+
+def _badge(answer: Answer) -> str:
+    colour, sign = BADGES[answer.word]
+    if not answer.part.claims:
+        return f"{{bdg-{colour}}}`{sign}`"
+    return f"{{bdg-ref-{colour}}}`{sign} <{claim_target(answer.part.claims[0])}>`"
+
+
+def help_of_guidance() -> str:
+    """Whether DG brings images closer to real ones, a row per shipped model: the change of the Frechet distance."""
+    lines = []
+    for model, found in verdicts.of_references("04_detail_guidance").items():
+        answers = {answer.part.id: answer for answer in found.answers}
+        lines.append((code(model), *(plain(answers[part]) for part in ("4e", "4f"))))
+    return table(("", "DG alone", "DG beside CFG"), lines) if lines else NO_RUN
 
 
 def _no_run(chapter: str, model: str) -> str:

@@ -8,6 +8,7 @@ from dgkit.errors import DgkitError
 
 PARTS: dict[str, Callable[..., str]] = {
     "chapters": across.chapters,
+    "help": across.help_of_guidance,
     "across-models": across.across_models,
     "readings": across.readings_across_models,
     "verdict-counts": verdicts.counts,

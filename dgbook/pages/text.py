@@ -16,6 +16,11 @@ def chapter_link(notebook: str, words: str = "chapter") -> str:
     return f"{{doc}}`{f'{words} {int(notebook[:2])}'.strip()} </notebooks/{notebook}>`"
 
 
+def claim_target(claim: str) -> str:
+    """The label of a claim's card, for references."""
+    return f"claim-{claim.lower().replace('.', '-')}"
+
+
 def on_models(command: str, models: Sequence[str]) -> str:
     """A command with the first model, and the others that it takes, each with the options that it needs there."""
     name = command.removeprefix("dgkit reproduce ")

@@ -13,7 +13,7 @@ from dgbook.claims import paper
 from dgbook.claims.verdicts import FAILS, HOLDS, NOT_MEASURED, UNDECIDED, of_references, parts
 from dgbook.markdown import code, plain, table
 from dgbook.pages.at_scale import NOT_REPEATABLE, commands
-from dgbook.pages.text import chapter_link, on_models
+from dgbook.pages.text import chapter_link, claim_target, on_models
 from dgkit.errors import DgkitError
 from dgkit.massive import detect_massive
 from dgkit.zoo import MODELS
@@ -143,7 +143,7 @@ def counts() -> str:
         of_section = found[group.index].value_counts()
         lines.append(
             (
-                f"{{ref}}`{number} <{_target(group['id'].iloc[0])}>`",
+                f"{{ref}}`{number} <{claim_target(group['id'].iloc[0])}>`",
                 str(len(group)),
                 *(str(of_section.get(c, "")) for c in columns),
             )
@@ -176,11 +176,6 @@ def earlier_words() -> str:
     return table(("", "part", *map(code, shown.columns)), rows)
 
 
-def _target(claim: str) -> str:
-    """The label of a claim for references."""
-    return f"claim-{claim.lower().replace('.', '-')}"
-
-
 _COLUMNS = {
     "success": "hold on all models tested",
     "warning": "on some",
@@ -202,7 +197,7 @@ def _card(claim: pd.Series, found: Sequence[Evidence]) -> str:
     name = claim["id"]
     said = [claim["exhibits"].replace("; ", ", "), claim["models"].replace("; ", ", "), plain(claim["numbers"])]
     lines = [
-        f"({_target(name)})=",
+        f"({claim_target(name)})=",
         "::::{card}",
         f"**{name} {plain(claim['claim'])}** {{bdg-{_colour(found)}}}`{summary(found)}`",
         "",

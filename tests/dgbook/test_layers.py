@@ -1,5 +1,6 @@
 """Where massive activations are and what sets their size: hooks put in by hand, and values made up for the answer."""
 
+import itertools
 import json
 from types import SimpleNamespace
 
@@ -40,6 +41,12 @@ class FakeTrace:
 
     def mean_abs(self, label=None):
         return self.mean
+
+    def max_abs(self):
+        return self.mean
+
+    def energy_share(self):
+        return self.mean**2 / (self.mean**2).sum(1, keepdim=True)
 
     def token_share(self):
         return self.share
@@ -114,10 +121,47 @@ def test_layer_values():
     rows = pd.DataFrame({"block": [0, 1], "dim": [3, 3], "ratio": [40.0, 20.0]})
     values = layers.layer_values(FakeTrace(mean_abs=mean_abs, token_share=share), Massive("", 2, rows), 5.0)
     assert values["blocks"] == values["blocks_with_massive"] == 2 and values["threshold"] == 5.0
-    assert values["massive_dims"] == values["fixed_dims"] == [3]
-    assert values["largest"] == {"block": 0, "dim": 3, "ratio": pytest.approx(40), "token_share": 0.75}  # median 1.5
+    assert values["massive_dims"] == [3]
+    expected = {"block": 0, "dim": 3, "ratio": pytest.approx(40), "token_share": 0.75}  # median 1.5
+    assert values["largest"] == expected | {"energy": pytest.approx(3600 / 3606), "max_abs": 60}
+    assert values["over"].tolist() == [[t, 2] for t in layers.THRESHOLDS]
     assert values["largest_ratio_by_block"].tolist() == pytest.approx([40, 20])
     assert torch.equal(values["mean_abs"], mean_abs)
+
+
+def test_fixed_channels_are_counted_over_blocks_steps_tokens_and_images(pipe, run):
+    counts = np.zeros(CHANNELS, int)
+
+    def hook(module, args, output):
+        counts[:] += np.bincount(output.abs().argmax(-1).flatten().numpy(), minlength=CHANNELS)
+
+    handles = [block.register_forward_hook(hook) for block in pipe.transformer.transformer_blocks]
+    for i in range(2):
+        one = sampling.Samples(run.conditions[i : i + 1], run.seeds[i : i + 1], 3)
+        one.images(pipe)
+    for handle in handles:
+        handle.remove()
+    fixed = layers.fixed_channels(pipe, run, images=2, steps=3, count=2)["fixed"]
+    assert sorted(counts[fixed["channels"]]) == sorted(counts)[-2:]
+    assert fixed["share"] == pytest.approx(sum(sorted(counts)[-2:]) / counts.sum())
+
+
+def test_arrays_of_timesteps_and_gates():
+    """Of two gates z's largest channel has the largest alpha of four, of one the smallest."""
+    alpha = torch.tensor([[1.0, 2, 3, 9], [4, 3, 9, 1], [2, 8, 1, 3]])  # gates of blocks 0, 0, 1
+    mean_abs = torch.tensor([[1.0, 1, 1, 5], [1, 5, 1, 1]])  # largest: 3 and 1
+    values = TIME * CLASS
+    trace = FakeTrace(values, mean_abs=mean_abs, gates=alpha)
+    arrays = timesteps.timestep_arrays(trace, CONDITIONS, 1)
+    assert arrays["gates.percentile"].tolist() == [1, 0, 1]
+    assert arrays["magnitude.by_timestep"] == pytest.approx(values)
+    assert arrays["magnitude.trend"] == pytest.approx(2)  # of classes from the middle on
+    words = timesteps.timestep_arrays(trace, [*"aabbcc"], 1)
+    assert words["magnitude.trend"] == pytest.approx(4) and words["magnitude.condition"].tolist() == CONDITIONS
+    expected = [np.mean([row[p[c]] for row, c in zip(alpha.argsort(1).argsort(1) / 3, (3, 3, 1), strict=True)])
+                for p in itertools.permutations(range(4))]  # fmt: skip
+    assert np.mean(arrays["gates.permuted"]) == pytest.approx(np.mean(expected), abs=0.05)
+    assert set(np.round(arrays["gates.permuted"], 3)) <= set(np.round(np.array(expected, float), 3))
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
