@@ -35,7 +35,8 @@ def chapters() -> str:
         cells = [" ".join(map(_badge, found[m].answers)) if m in found else _no_run(chapter, m) for m in shipped]
         lines.append((chapter_link(chapter, ""), question, *cells))
     legend = ", ".join(f"{{bdg-{colour}}}`{sign}` {word}" for word, (colour, sign) in BADGES.items())
-    return f"{table(('', 'question', *map(code, shipped)), lines)}\n\nA badge for each test: {legend}. Each leads to its claim."
+    shown = table(("", "question", *map(code, shipped)), lines)
+    return f"{shown}\n\nA badge for each test: {legend}. Each leads to its claim."
 
 
 def _badge(answer: Answer) -> str:
