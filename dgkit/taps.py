@@ -9,7 +9,8 @@ from torch import nn
 
 AfterBlock = Callable[[nn.Module, tuple[Any, ...], Any], Any]
 BeforeBlock = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
-BeforeCall = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
+BeforeCall = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]] | None]
+Answer = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 AfterCall = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], Any]
 
 _lock = threading.RLock()  # modules may be shared by threads
@@ -127,23 +128,51 @@ class Watched(StandIn):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         watchers = list(self.watchers)
         for before, _ in watchers:
-            if before is not None:
-                before(self.module, args, kwargs)
+            changed = None if before is None else before(self.module, args, kwargs)
+            args, kwargs = (args, kwargs) if changed is None else changed
         output = self.original(*args, **kwargs)
         for _, after in watchers:
-            changed = None if after is None else after(self.module, args, kwargs, output)
-            output = output if changed is None else changed
+            other = None if after is None else after(self.module, args, kwargs, output)
+            output = output if other is None else other
         return output
 
     @contextmanager
     def watched(self, before: BeforeCall | None, after: AfterCall | None) -> Iterator[None]:
-        """Inside, they run around each call; what `after` returns, if anything, is the output."""
+        """Inside, they run around each call; what they return, if anything, takes the arguments' or output's place."""
         watcher = (before, after)
         self.watchers.append(watcher)
         try:
             yield
         finally:
             self.watchers.remove(watcher)
+
+
+class _Answered(StandIn):
+    """A call that functions may answer in the module's place, before any of its hooks."""
+
+    def __init__(self, original: Callable[..., Any], module: nn.Module) -> None:
+        super().__init__(original, module)
+        self.answers: list[Answer] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for answer in list(self.answers):
+            if (output := answer(args, kwargs)) is not None:
+                return output
+        return self.original(*args, **kwargs)
+
+
+@contextmanager
+def answered(module: nn.Module, answer: Answer) -> Iterator[None]:
+    """Inside, what `answer(args, kwargs)` returns for a call of `module`, if anything, is its output, and nothing runs.
+
+    It stands before the whole call, not at `forward`, which offloading restores.
+    """
+    with standing_in(module, "_call_impl", _Answered) as call:  # torch's `__call__` looks it up on the instance
+        call.answers.append(answer)
+        try:
+            yield
+        finally:
+            call.answers.remove(answer)
 
 
 class _Replaceable(StandIn):

@@ -177,7 +177,9 @@ class Call:
             DgkitError: there is no loop, or neither its pipeline nor the scheduler tells.
         """
         if self.loop is None:
-            raise DgkitError("the step is not known, because no pipeline makes the call: leave out start and stop")
+            raise DgkitError(
+                "the step is not known, because no pipeline makes the call: leave out start, stop and after"
+            )
         if self.loop.index is not None and self.loop.count is not None:
             return self.loop.index, self.loop.count
         # DiTPipeline does not count, and makes one call in each step

@@ -25,7 +25,7 @@ def refuse_caches(model: nn.Module, *, scan: bool = True) -> None:
     if cached or (scan and any(hook._is_stateful for hook in hooks)):
         raise ModelError(
             "the transformer has one of diffusers' caches, which take the passes of guidance for sampling steps: call "
-            "`transformer.disable_cache()`, and use `Reuse` to skip passes"
+            "`transformer.disable_cache()`, and use a `Schedule` to skip passes"
         )
 
 

@@ -2,12 +2,25 @@
 
 from typing import TYPE_CHECKING, Any
 
-from dgkit.guidance.baselines import APG, CFG, PAG, SEG, SLG, TPG, Autoguidance, BlockDrop, CFGPlusPlus, CFGZeroStar
+from dgkit.guidance.baselines import (
+    APG,
+    CFG,
+    PAG,
+    SEG,
+    SLG,
+    TPG,
+    Autoguidance,
+    BlockDrop,
+    CFGPlusPlus,
+    CFGZeroStar,
+    SGPrev,
+)
 from dgkit.guidance.calibrate import Calibration, calibrate
 from dgkit.guidance.dg import DG
 from dgkit.guidance.engine import SHARING, Cost, Engine, Perturbation
 from dgkit.guidance.guide import Guidance, detail_guidance, guide
-from dgkit.guidance.methods import Method, Reuse
+from dgkit.guidance.methods import Method
+from dgkit.guidance.schedule import SCHEDULES, Every, Schedule
 
 if TYPE_CHECKING:
     from dgkit.guidance.modular import DetailGuidance
@@ -18,6 +31,7 @@ __all__ = [
     "DG",
     "METHODS",
     "PAG",
+    "SCHEDULES",
     "SEG",
     "SHARING",
     "SLG",
@@ -30,10 +44,12 @@ __all__ = [
     "Cost",
     "DetailGuidance",
     "Engine",
+    "Every",
     "Guidance",
     "Method",
     "Perturbation",
-    "Reuse",
+    "SGPrev",
+    "Schedule",
     "calibrate",
     "detail_guidance",
     "guide",
@@ -41,7 +57,7 @@ __all__ = [
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
-    for method in (DG, PAG, SEG, SLG, TPG, BlockDrop, Autoguidance, CFG, APG, CFGPlusPlus, CFGZeroStar)
+    for method in (DG, PAG, SEG, SLG, TPG, BlockDrop, Autoguidance, SGPrev, CFG, APG, CFGPlusPlus, CFGZeroStar)
 }
 """All methods by the names that job files give them."""
 

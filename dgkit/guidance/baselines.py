@@ -188,6 +188,16 @@ class Autoguidance(Branching):
         return Perturbation(model=self.bad)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SGPrev(Branching):
+    """SG-prev (Li et al. 2024, arXiv 2412.05827): c_branch is the c of the step before, which costs nothing."""
+
+    name = "sg-prev"
+
+    def perturbation(self, call: Call) -> None:
+        return None
+
+
 # ------------------------------------------------------------------------------------------- methods in place of CFG
 
 

@@ -139,8 +139,10 @@ class Engine:
                 self._taps.clear()
                 self.forget()
 
-    def begin(self, branches: Sequence[Perturbation], call: Call) -> None:
+    def begin(self, branches: Sequence[Perturbation], call: Call, *, alone: bool = False) -> None:
         """Prepare for `call` of the transformer, whose conditional rows the branches are to repeat.
+
+        With `alone` these rows are all that is left of what the pipeline asked for.
 
         Raises:
             DgkitError: a perturbation that "fork" cannot run, or that skips the first block of a stack.
@@ -153,7 +155,7 @@ class Engine:
         refuse_parallel(self.anatomy.model, scan=first)
         other_rows = self.sharing == "fork" or len(call.rows(COND)) < call.batch
         self._rows_independent = self._rows_independent and not first
-        if branches and other_rows and not self._rows_independent:
+        if (alone or (branches and other_rows)) and not self._rows_independent:
             refuse_scales_of_batch(self.anatomy.model)
             self._rows_independent = True
         if torch.is_grad_enabled() and getattr(self.anatomy.model, "gradient_checkpointing", False):
@@ -168,11 +170,13 @@ class Engine:
         self._now.kept, self._now.forked = {}, []
         with self._lock:
             self._place_taps()
+        if alone:  # hooks on the blocks may know of the rows that were asked for
+            degraded_pass.set(Pass(call.labels, call.timesteps))
 
     def finish(self, args: tuple[Any, ...], kwargs: dict[str, Any], reused: int = 0) -> list[Any]:
         """The branches' outputs for the call just made with (args, kwargs), in order.
 
-        `reused` counts branches that the caller did not repeat.
+        `reused` counts the predictions that something kept from other steps stands for.
         """
         call = self._now.call
         assert call is not None, "begin comes first"
@@ -194,6 +198,11 @@ class Engine:
                 naive = blocks - len(branch.skips)
                 self.cost.add((naive if self.sharing == "none" else naive - branch.shared) * count, naive * count)
         return outputs
+
+    def answered(self, count: int) -> None:
+        """Count a call of `count` rows that something kept from other steps stands for."""
+        with self._lock:
+            self.cost.add(0, len(self.anatomy.blocks) * count)
 
     def _branch_output(self, number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         branch, call = self._now.branches[number], self._now.call

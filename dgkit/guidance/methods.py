@@ -13,29 +13,11 @@ from typing import Any, ClassVar, Self
 from torch import Tensor
 
 from dgkit.anatomy import Anatomy, Call
-from dgkit.checks import integer, number, part_of_steps
+from dgkit.checks import number, part_of_steps, refuse
 from dgkit.guidance.engine import Perturbation
+from dgkit.guidance.schedule import SCHEDULES, Every, Schedule, schedule_of
 
 Scale = float | Callable[[float], float]
-
-
-@dataclass(frozen=True)
-class Reuse:
-    """Reuse of a branch's direction c - c_branch in the following steps.
-
-    Attributes:
-        every: compute it in every n-th step only.
-        cosine: compute it anew after one step more each time, up to `every`, as long as it has turned little: while the
-            cosine to the direction before, in each image of the batch, is at least this. None: always after `every`.
-    """
-
-    every: int
-    cosine: float | None = None
-
-    def __post_init__(self) -> None:
-        integer("every", self.every, 1)
-        if self.cosine is not None:
-            number("cosine", self.cosine, -1, 1, allowed="give a number from -1 to 1, or None")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,16 +29,25 @@ class Method:
             0 in rectified flow and is noise over signal in DiT's diffusion.
         start, stop: the part of the steps that is guided, as in diffusers: from int(start * steps) to before int(stop *
             steps). Outside, methods that take CFG's place leave c.
+        schedule: in which of these steps what is computed: a `Schedule` or its name in `SCHEDULES`. Of the methods
+            given to one `guide`, one at most leaves out u in some.
     """
 
     scale: Scale
     start: float = 0.0
     stop: float = 1.0
+    schedule: Schedule | str = SCHEDULES["full"]
     name: ClassVar[str]
 
     def __post_init__(self) -> None:
         check_scale("scale", self.scale)
         part_of_steps(self.start, self.stop)
+        object.__setattr__(self, "schedule", schedule_of(self.schedule))
+
+    @property
+    def when(self) -> Schedule:
+        """The schedule, also where it was given by name."""
+        return schedule_of(self.schedule)
 
     def bound(self, pipe: Any, anatomy: Anatomy, cfg: str | None = None) -> Self:
         """The method with everything left out filled in and checked for this pipeline; `cfg` as in `dgkit.guide`."""
@@ -73,17 +64,12 @@ class Method:
 
 @dataclass(frozen=True, kw_only=True)
 class Branching(Method):
-    """c + w (c - c_branch), or beside CFG u + s (c - u) + w (c - c_branch) with the pipeline's own s.
-
-    Attributes:
-        reuse: see `Reuse`; None computes the branch in every step.
-    """
+    """c + w (c - c_branch), or beside CFG u + s (c - u) + w (c - c_branch) with the pipeline's own s."""
 
     scale: Scale = 1.0
-    reuse: Reuse | None = None
 
-    def perturbation(self, call: Call) -> Perturbation:
-        """What the branch does differently in this step."""
+    def perturbation(self, call: Call) -> Perturbation | None:
+        """What the branch does differently in this step; None: it is the step before's c, which costs nothing."""
         raise NotImplementedError
 
 
@@ -92,6 +78,11 @@ class Combining(Method):
     """Methods that take the place of CFG; the pipeline's own CFG has to be on, its scale is not used."""
 
     scale: Scale = 4.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.when.branch != Every():
+            refuse("schedule", self.schedule, f"{self.name} has no branch, give a Schedule of uncond alone")
 
     def combine(self, c: Tensor, u: Tensor, call: Call, memory: dict[str, Any]) -> Tensor:
         """The guided prediction; `memory` lasts for one run of the pipeline."""

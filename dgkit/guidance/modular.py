@@ -16,7 +16,8 @@ from dgkit.checks import integer, is_integer, number, refuse
 from dgkit.errors import DgkitError, ModelError
 from dgkit.guidance.dg import DG
 from dgkit.guidance.engine import Cost, Engine
-from dgkit.guidance.guide import guided, upcast
+from dgkit.guidance.guide import guided
+from dgkit.guidance.steps import upcast
 
 _MOVED = (
     f"diffusers {diffusers.__version__} has other guiders than those of 0.42, which dgkit.DetailGuidance builds on "

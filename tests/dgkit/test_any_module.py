@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import dgkit
 from dgkit.anatomy import Stack, Transformer, output
 from dgkit.errors import DgkitError, ModelError
-from dgkit.guidance import Reuse
+from dgkit.guidance import Every, Schedule
 from tests import external_dit
 
 WIDTH, DEPTH = 32, 4
@@ -146,7 +146,7 @@ def test_threads_with_loops_of_their_own_do_not_mix() -> None:
     """A direction kept for later steps is that of the thread's own loop."""
     model, ready = research(), threading.Barrier(2)
     loops = [noisy(2), tuple(part.flip(0) if part.ndim > 1 else part for part in noisy(2))]
-    options = {"scale": W, "block": BLOCK, "dims": DIMS, "reuse": Reuse(2)}
+    options = {"scale": W, "block": BLOCK, "dims": DIMS, "schedule": Schedule(Every(2))}
 
     def steps(call: Any, together: bool) -> list[Tensor]:
         found = []

@@ -164,7 +164,7 @@ def test_runs_inside_one_another_and_by_turns(name: str) -> None:
         finally:
             handle.remove()
 
-    method = DG(scale=1.0, block=1, dims=[2], reuse=dgkit.guidance.Reuse(every=3))
+    method = DG(scale=1.0, block=1, dims=[2], schedule=dgkit.guidance.Schedule(dgkit.guidance.Every(3)))
     expected = []
     for pipe, s in ((first, 4.0), (second, 3.0)):
         with guide(pipe, method):

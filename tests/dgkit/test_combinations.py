@@ -534,7 +534,7 @@ def test_memory_ends_with_the_run(method: str) -> None:
     if method == "apg":
         chosen = APG(scale=3.0, norm=2.0)
     else:
-        chosen = DG(scale=W, block=BLOCK, dims=DIMS, reuse=dgkit.guidance.Reuse(10))
+        chosen = DG(scale=W, block=BLOCK, dims=DIMS, schedule=dgkit.guidance.Schedule(dgkit.guidance.Every(10)))
     late = {"sigmas": [0.5, 0.3, 0.1]}
     pipe = pipeline("flux")
 

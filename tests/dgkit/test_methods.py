@@ -30,8 +30,9 @@ from dgkit.guidance import (
     BlockDrop,
     CFGPlusPlus,
     CFGZeroStar,
+    Every,
     Method,
-    Reuse,
+    Schedule,
 )
 from dgkit.guidance.baselines import _identity_attention
 from tests.tiny_models import CLASSES, build, pipeline, prompts, sample
@@ -519,7 +520,7 @@ def test_reuse_takes_the_direction_of_every_nth_step(name: str, every: int) -> N
             kept[:] = [c - perturbed(naive, skip([1]), x, t)]
         return u + 4 * (c - u) + 1.5 * kept[0]
 
-    with dgkit.guide(pipe, SLG(scale=1.5, blocks=[1], reuse=Reuse(every))) as guidance:
+    with dgkit.guide(pipe, SLG(scale=1.5, blocks=[1], schedule=Schedule(Every(every)))) as guidance:
         for _ in range(2):
             ours = sample(pipe, name, guidance_scale=4.0, steps=steps)
     expected = naive.run(formula)
@@ -548,7 +549,7 @@ def test_reuse_by_cosine_waits_longer_while_the_direction_turns_little(cosine: f
         state["left"] -= 1
         return u + 4 * (c - u) + 1.5 * state["direction"].float()
 
-    with dgkit.guide(pipe, SLG(scale=1.5, blocks=[1], reuse=Reuse(every, cosine))) as guidance:
+    with dgkit.guide(pipe, SLG(scale=1.5, blocks=[1], schedule=Schedule(Every(every, cosine=cosine)))) as guidance:
         ours = sample(pipe, "sd3", guidance_scale=4.0, steps=steps)
     assert (ours - naive.run(formula)).abs().max() <= 2e-5
     assert guidance.cost.block_evaluations == 2 * (steps * 2 * 3 + len(computed) * 1)
@@ -605,16 +606,19 @@ def test_methods_refuse(method: str, options: dict[str, Any], words: str) -> Non
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"every": 0}, "every=0 is not allowed"),
-        ({"every": 1.5}, "every=1.5 is not allowed"),
-        ({"every": True}, "every=True is not allowed"),
-        ({"every": 2, "cosine": 1.5}, "cosine=1.5 is not allowed"),
-        ({"every": 2, "cosine": "0.9"}, "cosine='0.9' is not allowed"),
+        ({"n": 0}, "n=0 is not allowed"),
+        ({"n": 1.5}, "n=1.5 is not allowed"),
+        ({"n": True}, "n=True is not allowed"),
+        ({"n": 2, "cosine": 1.5}, "cosine=1.5 is not allowed"),
+        ({"n": 2, "cosine": "0.9"}, "cosine='0.9' is not allowed"),
+        ({"n": None, "cosine": 0.9}, "cosine=0.9 is not allowed: give n as well"),
+        ({"after": 1.5}, "after=1.5 is not allowed"),
+        ({"missing": "guess"}, "missing='guess' is not allowed: use one of reuse, extrapolate, drop"),
     ],
 )
-def test_reuse_refuses(arguments: dict[str, Any], words: str) -> None:
+def test_every_refuses(arguments: dict[str, Any], words: str) -> None:
     with pytest.raises(DgkitError, match=words):
-        Reuse(**arguments)
+        Every(**arguments)
 
 
 @pytest.mark.parametrize(
@@ -638,7 +642,7 @@ def test_guide_refuses(methods: tuple[Any, ...], sharing: str, words: str) -> No
 
 def test_every_method_is_registered_with_its_source_and_is_short() -> None:
     assert set(METHODS) == {
-        "dg", "pag", "seg", "slg", "tpg", "block-drop", "autoguidance", "cfg", "apg", "cfg++", "cfg-zero*",
+        "dg", "pag", "seg", "slg", "tpg", "block-drop", "autoguidance", "sg-prev", "cfg", "apg", "cfg++", "cfg-zero*",
     }  # fmt: skip
     for method in METHODS.values():
         assert "arXiv" in (method.__doc__ or "")
