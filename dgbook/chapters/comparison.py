@@ -9,7 +9,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from dgbook.chapters.sampling import Images, Samples, samples
-from dgbook.chapters.settings import Outcome, Setting, sample, with_dg, worse_copy
+from dgbook.chapters.settings import Outcome, Setting, sample, sample_all, with_dg, worse_copy
 from dgbook.claims.names import label
 from dgbook.claims.results import Record
 from dgbook.measures import stats
@@ -17,7 +17,21 @@ from dgbook.measures.judges import Judge, judge_of
 from dgbook.measures.spectrum import sharpness
 from dgkit.anatomy import dissect, predicted
 from dgkit.errors import DgkitError
-from dgkit.guidance import APG, CFG, PAG, SEG, SLG, TPG, Autoguidance, BlockDrop, CFGPlusPlus, CFGZeroStar, Reuse
+from dgkit.guidance import (
+    APG,
+    CFG,
+    PAG,
+    SEG,
+    SLG,
+    TPG,
+    Autoguidance,
+    BlockDrop,
+    CFGPlusPlus,
+    CFGZeroStar,
+    Every,
+    Schedule,
+    SGPrev,
+)
 
 ENOUGH_FOR_FRECHET = 150  # images, for the judges' 64 or 48 features; below, the distance is mostly bias
 BASELINE = "cfg"
@@ -197,40 +211,65 @@ def comparison_table(values: Mapping[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(rows).set_index("method")
 
 
-# ------------------------------------------------------------------------------------------------------ direction reuse
+# ------------------------------------------------------------------------------------------------------------ schedules
 
-REUSES: dict[str, Reuse | None] = {
-    "every-1": None,
-    "every-2": Reuse(2),
-    "every-3": Reuse(3),
-    "every-4": Reuse(4),
-    "cosine-90": Reuse(4, 0.9),
-    "cosine-70": Reuse(4, 0.7),
+SCHEDULES: dict[str, Schedule | str] = {
+    "every-1": "full",
+    "every-2": Schedule(Every(2)),
+    "every-3": Schedule(Every(3)),
+    "every-4": Schedule(Every(4)),
+    "cosine-90": Schedule(Every(4, cosine=0.9)),
+    "cosine-70": Schedule(Every(4, cosine=0.7)),
+    "every 2nd step, extrapolated": Schedule(Every(2, missing="extrapolate")),
+    "every 3rd step, extrapolated": Schedule(Every(3, missing="extrapolate")),
+    "first half, then dropped": Schedule(Every(None, 0.5, "drop")),
+    "first half, then kept": Schedule(Every(None, 0.5, "reuse")),
+    "CFG dropped in the last quarter": Schedule(uncond=Every(None, 0.75, "drop")),
+    "CFG every 2nd step": Schedule(uncond=Every(2)),
+    "CFG every 2nd step, extrapolated": Schedule(uncond=Every(2, missing="extrapolate")),
+    "both every 2nd step, extrapolated": Schedule(*[Every(2, missing="extrapolate")] * 2),
+    "cheap": "cheap",
 }
+"""When DG's and CFG's directions are computed, by what the tables call it."""
 
 
-def reuse_values(
-    pipe: Any, run: Samples, w: float, block: int, dims: Sequence[int], guidance_scale: float
+def schedule_values(
+    pipe: Any,
+    run: Samples,
+    w: float,
+    block: int,
+    dims: Sequence[int],
+    guidance_scale: float,
+    judge: Judge | None = None,
 ) -> dict[str, Any]:
-    """What it saves and costs to take DG's direction for several steps, beside CFG; by `REUSES`, as "reuse".
+    """What CFG + DG costs, and what is lost, when not all is computed in every step; by `SCHEDULES`, as "reuse".
 
-    "cost": block evaluations over those of CFG alone. "distance": the images' root mean square distance to full DG's,
-    over that of CFG's images to full DG's (0: the same as full DG; 1: as far as no DG), with its interval.
+    Beside them SG-prev in DG's place at the same w, and CFG alone. "cost": block evaluations over those of CFG alone.
+    "distance": the images' root mean square distance to full CFG + DG's, over that of CFG's images to them (0: the same
+    images; 1: as far as without DG), with its interval. With a judge and enough images also the Frechet distance, and
+    its change against full CFG + DG, paired, with its interval.
     """
-    plain = sample(pipe, run, Setting(guidance_scale))
-    outcomes = {
-        name: sample(pipe, run, with_dg(w, block, dims, guidance_scale, reuse=reuse)) for name, reuse in REUSES.items()
+    settings = {
+        **{name: with_dg(w, block, dims, guidance_scale, schedule=chosen) for name, chosen in SCHEDULES.items()},
+        "SG-prev in place of DG": Setting(guidance_scale, SGPrev(scale=w)),
+        "none": Setting(guidance_scale),
     }
-    full = outcomes["every-1"].images
+    outcomes = sample_all(pipe, run, settings)
+    plain, full = outcomes["none"], outcomes["every-1"].images
     moved = distance(plain.images, full).mean()
-    reuse = {
-        name: {
+    judged = judge if judge is not None and len(full) >= ENOUGH_FOR_FRECHET else None
+    full_features = judged.features(full) if judged is not None else None
+    values: dict[str, dict[str, Any]] = {}
+    for name, outcome in outcomes.items():
+        measured = values[name] = {
             "cost": outcome.block_evaluations / plain.block_evaluations,
             "distance": stats.bootstrap(distance(outcome.images, full) / moved),
         }
-        for name, outcome in outcomes.items()
-    }
-    return {"reuse": reuse}
+        if judged is not None and full_features is not None:
+            features = judged.features(outcome.images)
+            measured["frechet"] = judged.frechet(features)
+            measured["frechet_change"] = frechet_change(judged, features, full_features)
+    return {"reuse": values}
 
 
 def distance(a: Images, b: Images) -> NDArray[np.float64]:
@@ -238,14 +277,16 @@ def distance(a: Images, b: Images) -> NDArray[np.float64]:
     return np.sqrt(((a.astype(float) - b) ** 2).mean((1, 2, 3)))
 
 
-def reuse_table(values: Mapping[str, Any]) -> pd.DataFrame:
-    """`reuse_values` for people: one row per setting."""
-    rows = [
-        {
-            "direction computed": label(name),
+def schedule_table(values: Mapping[str, Any]) -> pd.DataFrame:
+    """`schedule_values` for people: one row per schedule."""
+    rows = []
+    for name, measured in values["reuse"].items():
+        row = {
+            "computed": label(name),
             "block evaluations of CFG's": f"{measured['cost']:.2f}",
             "distance to full DG": f"{measured['distance']:.3f}",
         }
-        for name, measured in values["reuse"].items()
-    ]
-    return pd.DataFrame(rows).set_index("direction computed")
+        if "frechet" in measured:
+            row |= {"Frechet": f"{measured['frechet']:.2f}", "change": f"{measured['frechet_change']:+.2f}"}
+        rows.append(row)
+    return pd.DataFrame(rows).set_index("computed")

@@ -4,6 +4,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from typing import Any
 
 import diffusers
@@ -17,6 +18,7 @@ from dgkit.errors import DgkitError, ModelError
 from dgkit.guidance.dg import DG
 from dgkit.guidance.engine import Cost, Engine
 from dgkit.guidance.guide import guided
+from dgkit.guidance.schedule import Kept, Schedule, schedule_of
 from dgkit.guidance.steps import upcast
 
 _MOVED = (
@@ -66,14 +68,15 @@ class DetailGuidance(BaseGuidance):
         start, stop: the part of the steps with Detail Guidance, from int(start * steps) to before int(stop * steps);
             each timestep of the schedule is a step, as in `dgkit.detail_guidance` (Heun's has nearly twice as many as
             the pipeline is asked for). CFG goes on in all steps (other guiders of diffusers stop CFG, too).
+        schedule: in which steps c_m and u are computed, as in `dgkit.detail_guidance`; JSON in the configuration.
         sharing: how c and c_m share work, see `dgkit.guidance.Engine`.
         enabled: whether to guide at all; if not, each step uses c.
 
     Raises:
         DgkitError: an argument out of range, at once or, where it depends on the model, in the first step; or there one
             that is left out and that no preset states; or CFG without a negative prompt.
-        ModelError: a denoiser that dgkit cannot guide, a loop that does not tell its number of steps where `start` or
-            `stop` need it, or a diffusers with other guiders.
+        ModelError: a denoiser that dgkit cannot guide, a loop that does not tell its number of steps where `start`,
+            `stop` or `schedule` need it, or a diffusers with other guiders.
     """
 
     _input_predictions = [_COND, _UNCOND, _DEGRADED]
@@ -89,6 +92,7 @@ class DetailGuidance(BaseGuidance):
         seed: int = 0,
         start: float = 0.0,
         stop: float = 1.0,
+        schedule: Schedule | str | dict[str, Any] = "full",
         sharing: str = "replay",
         enabled: bool = True,
     ) -> None:
@@ -105,7 +109,13 @@ class DetailGuidance(BaseGuidance):
         integer("seed", seed)
         if not isinstance(enabled, bool):
             refuse("enabled", enabled, "give True or False")
-        self._given = DG(scale=scale, block=block, dims=dims, kind=kind, seed=seed, start=start, stop=stop)
+        when = schedule_of(schedule)
+        self._given = DG(
+            scale=scale, block=block, dims=dims, kind=kind, seed=seed, start=start, stop=stop, schedule=when
+        )
+        self._every = {_UNCOND: when.uncond, _DEGRADED: when.branch}
+        if isinstance(schedule, Schedule):
+            self.register_to_config(schedule=asdict(schedule))
         super().__init__(start, stop, enabled)
         _require_known_guiders(self)
         self.guidance_scale = guidance_scale
@@ -115,6 +125,8 @@ class DetailGuidance(BaseGuidance):
         self._engine: Engine | None = None  # of the step under way
         self._degraded: Any = None  # the transformer's output with c_m, from the call for c to the loop's own
         self._delivered = False
+        self._kept: dict[str, Kept] = {}  # of this run: c - u and c - c_m
+        self._left_out: set[str] = set()  # predictions that the schedule leaves out in this step
         self._in_step = False  # from `set_state` to the guided prediction
 
     # ---- which predictions a step needs
@@ -125,22 +137,36 @@ class DetailGuidance(BaseGuidance):
         Raises:
             ModelError: see the class.
         """
-        if (self._given.start, self._given.stop) != (0.0, 1.0):
+        if self._needs_count():
             # `num_inference_steps` is what the user asked for, not how many steps the schedule has
             found = number_of_steps(step, timestep)
             if found is None:
                 raise ModelError(
                     f"start={self._given.start!r}, stop={self._given.stop!r} cannot be kept: the pipeline's loop does "
-                    f"not tell how many timesteps it has; leave them out"
+                    f"not tell how many timesteps it has; leave them and the schedule out"
                 )
             num_inference_steps = found
         super().set_state(step, num_inference_steps, timestep)
+        if step == 0:
+            self._kept = {name: Kept() for name in self._every}
+        self._left_out = {name for name in self._wanted() if name != _COND and not self._due(name)}
         self._in_step = True
 
-    def active_predictions(self) -> list[str]:
-        """The predictions of this step, in the order in which the loop makes them."""
+    def _needs_count(self) -> bool:
+        return (self._given.start, self._given.stop) != (0.0, 1.0) or any(e.after > 0 for e in self._every.values())
+
+    def _due(self, name: str) -> bool:
+        every, count = self._every[name], self._num_inference_steps or 0
+        return self._kept.setdefault(name, Kept()).due(every, early=self._step < int(every.after * count))
+
+    def _wanted(self) -> list[str]:
+        """The predictions that this step's formula has, in the order in which the loop makes them."""
         with_dg = self._enabled and self._given.scale != 0 and self._in_window()
         return [_COND, *[_UNCOND] * self._with_cfg(), *[_DEGRADED] * with_dg]
+
+    def active_predictions(self) -> list[str]:
+        """Those of them that are computed: the loop's calls of the denoiser."""
+        return [name for name in self._wanted() if name not in self._left_out]
 
     def _in_window(self) -> bool:
         start, stop, count = self._given.start, self._given.stop, self._num_inference_steps
@@ -251,7 +277,8 @@ class DetailGuidance(BaseGuidance):
             engine.begin([dg.perturbation(call)] if degrade else [], call)
 
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            for branch in engine.finish(args, kwargs):
+            reused = len(self._left_out) if label == COND else 0
+            for branch in engine.finish(args, kwargs, reused=reused):
                 self._degraded = branch
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -285,18 +312,29 @@ class DetailGuidance(BaseGuidance):
     def forward(
         self, pred_cond: Tensor, pred_uncond: Tensor | None = None, pred_cond_degraded: Tensor | None = None
     ) -> Any:
-        """Eq. 5, or without `pred_uncond` Eq. 4; in float32, in the predictions' dtype again."""
-        c = upcast(pred_cond)
+        """Eq. 5, or without CFG Eq. 4; in float32, in the predictions' dtype again."""
+        c, wanted = upcast(pred_cond), self._wanted()
         pred = c
-        if pred_uncond is not None:
-            u = upcast(pred_uncond)
-            pred = u + self.guidance_scale * (c - u)
-        if pred_cond_degraded is not None:
+        if _UNCOND in wanted:
+            towards = self._direction(_UNCOND, c, pred_uncond)
+            if towards is not None:
+                u = c - towards if pred_uncond is None else upcast(pred_uncond)  # the latter to the bit
+                pred = u + self.guidance_scale * towards
+        if _DEGRADED in wanted:
             assert self.dg is not None, "the call for c comes first"
-            w = self.dg.scale if pred_uncond is None else self.dg.scale_with_cfg
+            w = self.dg.scale_with_cfg if _UNCOND in wanted else self.dg.scale
             assert isinstance(w, int | float)
-            pred = pred + w * (c - upcast(pred_cond_degraded))
+            away = self._direction(_DEGRADED, c, pred_cond_degraded)
+            pred = pred if away is None else pred + w * away
         return GuiderOutput(pred=pred.to(pred_cond.dtype), pred_cond=pred_cond, pred_uncond=pred_uncond)
+
+    def _direction(self, name: str, c: Tensor, other: Tensor | None) -> Tensor | None:
+        """c less another prediction, or what stands for it where that was not computed."""
+        kept, every = self._kept.setdefault(name, Kept()), self._every[name]
+        if other is None:
+            return kept.direction(every)
+        kept.take(every, c - upcast(other))
+        return c - upcast(other)
 
     def get_state(self) -> dict[str, Any]:
         """For `repr`: diffusers' state, what is in use, and the cost so far."""

@@ -7,7 +7,6 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from dgkit.anatomy import Call
 from dgkit.checks import integer, number, one_of, refuse
 from dgkit.errors import DgkitError
 
@@ -92,15 +91,11 @@ class Kept:
         self.lasts = 1  # steps for which the latest one stands
         self.latest: list[tuple[int, Tensor]] = []  # at most two, with the step of each
 
-    def due(self, every: Every, call: Call) -> bool:
-        """Whether the direction is to be computed in this step; each step asks once."""
+    def due(self, every: Every, *, early: bool) -> bool:
+        """Whether the direction is to be computed in this step, `early` if before `after`; each step asks once."""
         self.step += 1
-        if not self.latest or every == Every():
+        if early or not self.latest:
             return True
-        if every.after > 0:
-            index, count = call.place
-            if index < int(every.after * count):
-                return True
         return every.n is not None and self.step - self.latest[-1][0] >= self.lasts
 
     def take(self, every: Every, direction: Tensor) -> None:

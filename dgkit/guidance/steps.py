@@ -102,7 +102,7 @@ class Steps:
         if not call.ours or UNCOND not in call.labels:
             return None
         run = self.runs.of(call.loop)
-        if run.conditional is None or run.uncond.due(self.uncond, call):
+        if run.conditional is None or _due(run.uncond, self.uncond, call):
             return None
         now.call, now.read, now.run, now.labels = None, None, run, call.labels
         run.unanswered = False
@@ -149,9 +149,9 @@ class Steps:
         now.active = []
         if COND in call.labels:
             now.active = [m for m in self.branching if m.active(call) and m.weight(call, with_cfg) != 0]
-        due = [m for m in now.active if now.run.memory(m).kept.due(m.when.branch, call)]
+        due = [m for m in now.active if _due(now.run.memory(m).kept, m.when.branch, call)]
         now.computed = [(method, method.perturbation(call)) for method in due]
-        alone = with_cfg and COND in call.labels and not now.run.uncond.due(self.uncond, call)
+        alone = with_cfg and COND in call.labels and not _due(now.run.uncond, self.uncond, call)
         if alone:
             args, kwargs = self.anatomy.select_rows(args, kwargs, call.rows(COND), call.batch)
             rows = (COND,) * len(call.rows(COND))
@@ -245,6 +245,10 @@ class Steps:
         assert self.combining is not None
         name, scale = self.combining.name, self.read.scale
         return DgkitError(f"{name} takes the place of CFG, which is off: call the pipeline with {scale} above 1")
+
+
+def _due(kept: Kept, every: Every, call: Call) -> bool:
+    return kept.due(every, early=every.after > 0 and call.within(0.0, every.after))
 
 
 def _in_order(labels: tuple[str, ...], c: Tensor, u: Tensor) -> Tensor:

@@ -142,18 +142,22 @@ def test_noisy_copy_is_worse_by_the_stated_amount_and_leaves_the_model_alone() -
     assert all(torch.equal(noisy[n], before[n]) for n in before if before[n].ndim == 1)
 
 
-def test_reuse_distance_is_zero_for_full_dg_and_one_for_none(pipe: Any, run: Samples) -> None:
-    values = comparison.reuse_values(pipe, replace(run, steps=8), 0.5, 2, [7, 83], 4.0)
+def test_the_distance_is_zero_for_full_dg_and_one_for_none(pipe: Any, run: Samples) -> None:
+    values = comparison.schedule_values(pipe, replace(run, steps=8), 0.5, 2, [7, 83], 4.0)
     reuse = values["reuse"]
     assert reuse["every-1"]["distance"].value == 0.0
     # CFG + DG computes 2 x 8 + 5 blocks a step, of which every 2nd step saves the 5
     assert reuse["every-1"]["cost"] == pytest.approx(21 / 16)
     assert reuse["every-2"]["cost"] == pytest.approx((21 + 16) / 32)
+    # DG in steps 0, 2, 4, 6; u in 0, 1, 2, then 4, 6
+    assert reuse["cheap"]["cost"] == pytest.approx((8 * 8 + 4 * 5 + 5 * 8) / (8 * 16))
+    assert (reuse["none"]["cost"], reuse["none"]["distance"].value) == (1.0, pytest.approx(1.0))
+    assert reuse["SG-prev in place of DG"]["cost"] == 1.0 and set(comparison.SCHEDULES) < set(reuse)
     images = replace(run, guidance_scale=4.0).images(pipe).astype(float)
     black = np.zeros_like(images)
     assert comparison.distance(images, black) == pytest.approx([np.sqrt((i**2).mean()) for i in images])
-    table = comparison.reuse_table(values)
-    assert list(table.index) == [names.label(name) for name in comparison.REUSES]
+    table = comparison.schedule_table(values)
+    assert list(table.index) == [names.label(name) for name in reuse]
     assert table.loc["every step"].tolist() == ["1.31", "0.000 [0.000, 0.000]"]
 
 

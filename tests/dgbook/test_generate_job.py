@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from dgbook.paper_scale.generate.job import Job, read_json
 from dgbook.paper_scale.prompts import read_conditions
 from dgkit.errors import DgkitError
-from dgkit.guidance import APG, DG, METHODS, Reuse
+from dgkit.guidance import APG, DG, METHODS, Every, Schedule
 from tests.fake_images import job
 
 
@@ -79,7 +79,7 @@ def test_every_field_changes_the_hash_but_the_way_it_is_written_does_not() -> No
 
 
 def test_a_job_survives_json() -> None:
-    made = job(methods={"pag": {"blocks": [1, 2], "reuse": {"every": 2}}})
+    made = job(methods={"pag": {"blocks": [1, 2], "schedule": {"branch": {"n": 2}}}})
     again = Job.from_dict(json.loads(json.dumps(asdict(made))))
     assert again == made and again.sha256 == made.sha256
     values = asdict(made)
@@ -138,9 +138,12 @@ def test_conditions_and_seeds_of_images() -> None:
 
 
 def test_guidance_is_made_of_plain_data() -> None:
-    parameters = {"dg": {"scale": 2.0, "block": 1, "dims": [4], "reuse": {"every": 3}}, "apg": {"norm": float("inf")}}
+    parameters = {
+        "dg": {"scale": 2.0, "block": 1, "dims": [4], "schedule": {"branch": {"n": 3}}},
+        "apg": {"norm": float("inf")},
+    }
     dg, apg = job(methods=parameters, guidance_scale=2.0).guidance()
-    assert dg == DG(scale=2.0, block=1, dims=[4], reuse=Reuse(3))
+    assert dg == DG(scale=2.0, block=1, dims=[4], schedule=Schedule(Every(3)))
     assert apg == APG(norm=float("inf"))
     for name in METHODS:
         if name != "autoguidance":

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 import dgkit
 from dgkit import DetailGuidance
 from dgkit.errors import DgkitError, ModelError
+from dgkit.guidance import Every, Schedule
 from dgkit.zoo import MODELS, Model, Preset
 from tests.tiny_models import autoencoder, build, image_slice, inputs, pipeline, prompts, sample, streams
 
@@ -172,6 +173,32 @@ def test_window_is_that_of_detail_guidance_and_cfg_goes_on(s: float) -> None:
     assert torch.equal(first, second)
     plain = 1 if s == 1 else 2
     assert guider.cost.block_evaluations == 2 * 2 * (STEPS * plain * TOTAL + 2 * (TOTAL - BLOCK - 1))
+
+
+SKIPPING = Schedule(Every(2, missing="extrapolate"), Every(2, 0.5, "extrapolate"))
+
+
+@pytest.mark.parametrize("schedule", ["cheap", SKIPPING, Schedule(Every(2, missing="drop"), Every(None, 0.5, "drop"))])
+def test_schedules_are_those_of_the_ordinary_pipeline(schedule: Any) -> None:
+    settings = {"scale": W, "block": BLOCK, "dims": DIMS, "schedule": schedule}
+    ordinary = pipeline("sd3")
+    guider = DetailGuidance(guidance_scale=4.0, **settings)
+    pipe = modular(guider, ordinary.transformer)
+    ours = [run(pipe), run(pipe)]
+    with dgkit.detail_guidance(ordinary, **settings) as guidance:
+        for image in ours:
+            assert distance(image, sample(ordinary, "sd3", guidance_scale=4.0, steps=STEPS)) <= 2e-5
+    assert guider.cost == guidance.cost and guidance.cost.ratio < 0.8
+
+
+def test_schedules_survive_saving_and_copying(tmp_path: Path) -> None:
+    guider = detail(guidance_scale=4.0, schedule=SKIPPING)
+    guider.save_pretrained(tmp_path)
+    loaded, image = DetailGuidance.from_pretrained(tmp_path), run(modular(guider))
+    every = {"n": 2, "missing": "extrapolate", "cosine": None}
+    assert loaded.config["schedule"] == {"branch": {**every, "after": 0.0}, "uncond": {**every, "after": 0.5}}
+    for other in (loaded, guider.new()):
+        assert torch.equal(run(modular(other)), image)
 
 
 def test_whole_run_is_guided_whatever_the_scheduler_counts() -> None:
@@ -325,7 +352,7 @@ def test_save_and_load(tmp_path: Path) -> None:
     files = [json.loads((tmp_path / name / "guider_config.json").read_text()) for name in ("one", "two")]
     assert files[0] == files[1]
     given = {"guidance_scale": 4.0, "scale": W, "block": BLOCK, "dims": DIMS, "kind": "random", "seed": 5}
-    given |= {"start": 0.25, "stop": 0.9, "sharing": "none", "enabled": True}
+    given |= {"start": 0.25, "stop": 0.9, "schedule": "full", "sharing": "none", "enabled": True}
     assert {k: v for k, v in files[0].items() if not k.startswith("_")} == given
     assert torch.equal(run(modular(loaded)), run(modular(guider)))
 

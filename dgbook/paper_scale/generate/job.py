@@ -13,7 +13,7 @@ from typing import Any
 from dgkit import checks
 from dgkit.disruption import EDIT_KINDS
 from dgkit.errors import DgkitError
-from dgkit.guidance import METHODS, Reuse
+from dgkit.guidance import METHODS
 from dgkit.zoo import MODELS
 
 LIBRARIES = ("torch", "diffusers", "transformers")
@@ -185,10 +185,7 @@ class Job:
                     raise DgkitError(f"{name} has no parameter {key!r}: it has {', '.join(sorted(allowed))}")
                 if value == "auto":
                     raise DgkitError(f'{name}: {key}="auto" is not allowed here: give what dgkit.calibrate finds')
-            arguments = dict(parameters)
-            if isinstance(arguments.get("reuse"), dict):
-                arguments["reuse"] = Reuse(**arguments["reuse"])
-            made.append(METHODS[name](**arguments))
+            made.append(METHODS[name](**parameters))
         return made
 
     def _check_disruption(self) -> None:
