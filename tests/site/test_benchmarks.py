@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as together
-from benchmarks import branches, full_size, record, runner, runs
+from benchmarks import branches, frontier, full_size, record, runner, runs
 from benchmarks.models import ARCHITECTURES, subject
 from dgkit.anatomy import dissect
 from dgkit.zoo import MODELS, preset_of
@@ -137,6 +137,11 @@ def test_all_in_one_table(
     title, empty, header, *rows = capsys.readouterr().out.splitlines()
     assert "random weights" in title and not empty and header.split()[:3] == ["model", "run", "over"]
     assert len(rows) == 4 + 2 + 4 + 1 and "sleeper" in rows[-1]
+
+
+def test_frontier_table(capsys: pytest.CaptureFixture[str]) -> None:
+    frontier.main(["tiny-dit", "--samples", "2", "--steps", "2"])
+    assert "cheap" in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------------------------------------- full size
