@@ -27,7 +27,10 @@ def main(arguments: list[str] | None = None) -> None:
     known = settings_for(pipe)
     run = samples(pipe, options.samples, options.seed, options.steps)
     judge = judge_of(pipe, run.conditions)
-    values = schedule_values(pipe, run, known.scale_with_cfg, known.block, known.dims, known.guidance_scale, judge)
+    w, block, dims = known.scale_with_cfg, known.block, known.dims
+    if w is None or block is None or dims is None:
+        parser.error(f"{options.model} has no preset of block, channels and w")
+    values = schedule_values(pipe, run, w, block, dims, known.guidance_scale, judge)
     table = schedule_table(values).reset_index()
     show(table, f"{options.model}: CFG + DG under schedules, {options.samples} images in {options.steps} steps")
 
