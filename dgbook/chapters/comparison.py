@@ -258,17 +258,17 @@ def schedule_values(
     plain, full = outcomes["none"], outcomes["every-1"].images
     moved = distance(plain.images, full).mean()
     judged = judge if judge is not None and len(full) >= ENOUGH_FOR_FRECHET else None
-    full_features = judged.features(full) if judged is not None else None
+    distances = _frechet(judged, full) if judged is not None else None
     values: dict[str, dict[str, Any]] = {}
     for name, outcome in outcomes.items():
         measured = values[name] = {
             "cost": outcome.block_evaluations / plain.block_evaluations,
             "distance": stats.bootstrap(distance(outcome.images, full) / moved),
         }
-        if judged is not None and full_features is not None:
-            features = judged.features(outcome.images)
-            measured["frechet"] = judged.frechet(features)
-            measured["frechet_change"] = frechet_change(judged, features, full_features)
+        if judged is not None and distances is not None:
+            own = _frechet(judged, outcome.images)
+            measured["frechet"] = own.mean()
+            measured["frechet_change"] = stats.paired_bootstrap(own, distances)
     return {"reuse": values}
 
 

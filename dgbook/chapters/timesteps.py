@@ -82,7 +82,7 @@ def timestep_arrays(trace: Trace, conditions: Sequence[Any], block: int) -> dict
     for each image's condition: of both `variance_explained` can be computed again. "magnitude.trend": of each image,
     the last step's magnitude over the first's, or with classes over that of the middle step (the paper claims it of
     DiT-XL from T/2 on). "gates.percentile": for each residual gate, the share of channels that z's largest channel
-    exceeds in |alpha| of the same block; "gates.permuted": its mean over the gates under `PERMUTATIONS` of the channels.
+    exceeds in |alpha| of the same block; "gates.permuted": its mean over gates under `PERMUTATIONS` of the channels.
     """
     tracked = trace.tracked()[:, :, block, 0].numpy()
     gates = residual_gates(trace)
