@@ -4,7 +4,6 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.figure import Figure
 
 import dgkit
@@ -72,7 +71,8 @@ def draw_first(path: Path, name: str, images: int = 4) -> None:
     }
     ratio = channel_ratio(trace.mean_abs())[preset.block]
     figure = Figure(figsize=(10, 4.2), layout="constrained")
-    left, right = np.ravel(figure.subfigures(1, 2, width_ratios=(1, 1.15)))
+    halves: Any = figure.subfigures(1, 2, width_ratios=(1, 1.15))
+    left, right = halves
     axis = left.subplots()
     axis.vlines(range(len(ratio)), 0, ratio, color="#949494", linewidth=1.2)
     for dim in preset.dims:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from dgbook.chapters import readings
-from dgbook.claims import verdicts
+from dgbook.claims import results, verdicts
 from dgbook.claims.verdicts import FAILS, HOLDS, NOT_MEASURED, UNDECIDED, Answer, Verdict
 from dgbook.markdown import code, plain, table
 from dgbook.pages.text import chapter_link, claim_target
@@ -76,6 +76,29 @@ def side_by_side(found: Mapping[str, Verdict]) -> list[tuple[str, ...]]:
     """The parts of a claim with what each verdict says of them: rows of a table."""
     rows = zip(*(verdict.answers for verdict in found.values()), strict=True)
     return [(plain(row[0].part.text), *map(plain, row)) for row in rows]
+
+
+def sizes() -> str:
+    """How massive the activations are, a row per training, and what the paper prints of its own.
+
+    Of the largest channel of any block: its mean |z| over the median channel's, its share of the image tokens' energy,
+    its largest |z|, the share of image tokens in which it is massive; whether any channel meets the thresholds of Sun
+    et al. 2024; and how many blocks have a channel above so many times their median.
+    """
+    rows, thresholds = [], ()
+    for model, record in results.references("01_layer_properties").items():
+        values = record.decoded()
+        largest, over = values["largest"], values["over"]
+        thresholds = tuple(f"> {t:g}" for t in over[:, 0])
+        shown = [f"{largest['ratio']:.1f}", f"{largest['energy']:.0%}", f"{largest['max_abs']:.0f}"]
+        met = "yes" if len(values["sun_dims"]) else "no"
+        counts = [f"{int(count)} of {values['blocks']}" for count in over[:, 1]]
+        rows.append((code(model), *shown, f"{largest['token_share']:.0%}", met, *counts))
+    if not rows:
+        return NO_RUN
+    rows.append(("SD3, in the paper", "", "", "about 150 (mean)", "all", *[""] * (1 + len(thresholds))))
+    heads = ("", "over the median", "of the energy", "largest size", "of the tokens", "Sun et al.", *thresholds)
+    return table(heads, rows)
 
 
 def readings_across_models() -> str:

@@ -9,6 +9,7 @@ from dgkit.errors import DgkitError
 PARTS: dict[str, Callable[..., str]] = {
     "chapters": across.chapters,
     "help": across.help_of_guidance,
+    "sizes": across.sizes,
     "across-models": across.across_models,
     "readings": across.readings_across_models,
     "verdict-counts": verdicts.counts,
