@@ -85,7 +85,8 @@ def sizes() -> str:
     its largest |z|, the share of image tokens in which it is massive; whether any channel meets the thresholds of Sun
     et al. 2024; and how many blocks have a channel above so many times their median.
     """
-    rows, thresholds = [], ()
+    rows: list[tuple[str, ...]] = []
+    thresholds: tuple[str, ...] = ()
     for model, record in results.references("01_layer_properties").items():
         values = record.decoded()
         largest, over = values["largest"], values["over"]
