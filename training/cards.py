@@ -179,10 +179,23 @@ def guidance_rows(guidance: list[dict[str, float]]) -> Rows:
     return rows
 
 
-def sharpest_match(guidance: list[dict[str, float]], guidance_scale: float) -> dict[str, float]:
-    """The row of `measuring.calibrate_guidance` at this guidance scale whose images are about as sharp as real ones."""
-    of_scale = [row for row in guidance if row["guidance_scale"] == guidance_scale]
-    return min(of_scale, key=lambda row: abs(row["sharpness_of_real"] - 1))
+def best_w(guidance: list[dict[str, float]], guidance_scale: float) -> float:
+    """The positive w of `measuring.calibrate_guidance` with the lowest Frechet distance at this guidance scale."""
+    of_scale = [row for row in guidance if row["guidance_scale"] == guidance_scale and row["w"] > 0]
+    return min(of_scale, key=lambda row: row["frechet"])["w"]
+
+
+def w_in_words(guidance: list[dict[str, float]], guidance_scale: float) -> str:
+    """`best_w` of both settings, and whether no guidance at all has a lower distance."""
+    words = []
+    with_cfg = f"at guidance scale {guidance_scale:g}"
+    for scale, where in ((1.0, "without classifier-free guidance"), (guidance_scale, with_cfg)):
+        rows = [row for row in guidance if row["guidance_scale"] == scale]
+        lowest = min(rows, key=lambda row: row["frechet"])["w"]
+        words.append(
+            f"w = {best_w(guidance, scale):g} {where}" + (", where w = 0 has a lower one" if lowest == 0 else "")
+        )
+    return f"The lowest distance above w = 0, which is the preset's w: {'; '.join(words)}."
 
 
 def at_scale(rows: list[dict[str, float]], guidance_scale: float) -> dict[str, float]:
@@ -235,7 +248,7 @@ TEMPLATES.globals |= {
     function.__name__: function
     for function in (
         at_scale, by_class, guidance_rows, interval, limits, loss_rows, massive_in_words, massive_rows, matching_rows,
-        memorisation_in_words, memorisation_rows, networks, sharpest_match, table, verdict,
+        memorisation_in_words, memorisation_rows, networks, table, verdict, w_in_words,
     )
 } | {
     "json": json.dumps,

@@ -23,6 +23,7 @@ from dgkit.recording import record
 from dgkit.sampling import generate
 
 CALIBRATION_SEED = 900_000_000
+CALIBRATION_GRID = (0.0, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 Images = NDArray[np.uint8]
 
@@ -109,8 +110,8 @@ def calibrate_guidance(
 ) -> dict[str, Any]:
     """Detail Guidance over a grid of w, without and with CFG, from seeds that no notebook uses.
 
-    At the preset's block and dims, or where `subject` finds them. The w to be used are those whose images
-    come closest to the sharpness of real ones.
+    At the preset's block and dims, or where `subject` finds them. The w to be used are the positive ones of the lowest
+    Frechet distance.
 
     Args:
         pipe: a pipeline that `dgbook.measures.judges` has a judge for.

@@ -20,12 +20,11 @@ from dgkit.sampling import generate
 from training import cards
 from training.dit import encode, to_rgb
 from training.loop import device
-from training.measuring import calibrate_guidance, finished, largest_channels, size_of
+from training.measuring import CALIBRATION_GRID, calibrate_guidance, finished, largest_channels, size_of
 
 CLASSES = len(datasets.FASHION_MNIST_CLASSES)
 SAMPLES, SHEET = 1000, 10 * CLASSES
 CALIBRATION_SAMPLES = 300
-CALIBRATION_GRID = (0.0, 0.02, 0.05, 0.1, 0.2)
 
 
 def measure(run: Path, *, guidance_scale: float = 4.0, steps: int = 20) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from training import cards, flow
 from training.autoencoder import encode, posterior_means, psnr
 from training.loop import device
 from training.measuring import (
+    CALIBRATION_GRID,
     Images,
     as_images,
     calibrate_guidance,
@@ -46,7 +47,6 @@ from training.tiles import COLOURS, NEAR, Caption, Tiles, unseen_combinations
 CHOICES = 16
 PROMPTS, COPIES, CALIBRATION_SAMPLES, NOISED = 256, 200, 100, 100
 OTHER_SCALES = (1.0, 2.0, 7.0)
-CALIBRATION_GRID = (0.0, 0.1, 0.2, 0.5, 1.0)
 PROMPT_SEED, COPY_SEED = 910_000_000, 920_000_000
 NEIGHBOURS = 24
 DISTANCES = [*range(0, 100, 5), 256]

@@ -503,13 +503,23 @@ def test_the_limits_name_the_failures_that_the_numbers_show() -> None:
     assert fine.count("\n") == 4  # what holds for any such model
 
 
-def test_w_is_the_one_whose_sharpness_is_nearest_to_real() -> None:
+def test_w_is_the_positive_one_of_the_lowest_distance() -> None:
     rows = [
-        {"guidance_scale": s, "w": w, "sharpness_of_real": x}
-        for s, w, x in ((1.0, 0.0, 0.5), (1.0, 0.1, 0.9), (1.0, 0.2, 1.3), (4.0, 0.0, 1.0))
+        {"guidance_scale": s, "w": w, "frechet": x}
+        for s, w, x in (
+            (1.0, 0.0, 0.5),
+            (1.0, 0.1, 0.7),
+            (1.0, 0.2, 1.3),
+            (4.0, 0.0, 1.0),
+            (4.0, 0.1, 0.9),
+            (4.0, 0.2, 0.8),
+        )
     ]
-    assert cards.sharpest_match(rows, 1.0)["w"] == 0.1
-    assert cards.sharpest_match(rows, 4.0)["w"] == 0.0
+    assert cards.best_w(rows, 1.0) == 0.1 and cards.best_w(rows, 4.0) == 0.2
+    words = cards.w_in_words(rows, 4.0)
+    assert (
+        "w = 0.1 without classifier-free guidance, where w = 0 has a lower one; w = 0.2 at guidance scale 4." in words
+    )
 
 
 # ------------------------------------------------------------------------------------------------ trainings of tiny-sd3
