@@ -2,7 +2,7 @@
 
 Four trainings of one transformer on Fashion-MNIST that differ in nothing else: as many tokens, numbers per token,
 width, blocks, steps, batches; uniform times; images and latents of mean 0 and variance 1. What was measured is in
-`data/ladder/ingredients.json` and `ingredients.png`; the weights are not kept:
+`data/ladder/ingredients.json` and `ingredients.webp`; the weights are not kept:
 
     python -m training ingredients
 """
@@ -28,6 +28,7 @@ from dgkit.massive import channel_ratio
 from dgkit.paths import DATA
 from training.dit import NULL_CLASS, Recipe, build_transformer, encode
 from training.loop import Schedule, device, train
+from training.measuring import save_sheet
 
 STEPS, SAMPLES, SAMPLING_STEPS, GUIDANCE_SCALE = 800, 100, 20, 4.0
 BLOCK, DIMS = 4, 3
@@ -118,7 +119,7 @@ def measure(folder: Path, lr: float) -> Path:
             print(rows[-1], flush=True)
     path = DATA / "ladder" / "ingredients.json"
     path.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    Image.fromarray(np.concatenate(sheets)).save(path.with_suffix(".png"), optimize=True)
+    save_sheet(Image.fromarray(np.concatenate(sheets)), path.with_suffix(".webp"))
     return path
 
 

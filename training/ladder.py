@@ -30,7 +30,7 @@ from dgkit.recording import Trace, record
 from dgkit.sampling import generate
 from training.dit import Recipe, loss_on_test_images
 from training.loop import device
-from training.measuring import finished, largest_channels
+from training.measuring import finished, largest_channels, save_sheet
 from training.quality import contact_sheet
 
 SAMPLES, SHEET, STEPS, GUIDANCE_SCALE = 200, 50, 20, 4.0
@@ -83,7 +83,7 @@ def measure_rung(run: Path) -> dict[str, Any]:
     }
     (DATA / "ladder").mkdir(exist_ok=True)
     (DATA / "ladder" / f"{name}.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
-    contact_sheet(images[:SHEET]).convert("L").save(DATA / "ladder" / f"{name}.png", optimize=True)
+    save_sheet(contact_sheet(images[:SHEET]).convert("L"), DATA / "ladder" / f"{name}.webp")
     return measured
 
 

@@ -182,6 +182,11 @@ def captioned_sheet(
     return sheet
 
 
+def save_sheet(image: Image.Image, path: Path) -> None:
+    """Write an image without loss as WebP, which takes four fifths of what PNG does."""
+    image.save(path, lossless=True, quality=100, method=6)
+
+
 def wrapped(caption: str, width: int, font: Any) -> list[str]:
     """The words of `caption` in lines of at most `width` pixels; a longer word has a line of its own."""
     lines: list[str] = []

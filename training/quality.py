@@ -20,7 +20,7 @@ from dgkit.sampling import generate
 from training import cards
 from training.dit import encode, to_rgb
 from training.loop import device
-from training.measuring import CALIBRATION_GRID, calibrate_guidance, finished, largest_channels, size_of
+from training.measuring import CALIBRATION_GRID, calibrate_guidance, finished, largest_channels, save_sheet, size_of
 
 CLASSES = len(datasets.FASHION_MNIST_CLASSES)
 SAMPLES, SHEET = 1000, 10 * CLASSES
@@ -30,7 +30,7 @@ CALIBRATION_SAMPLES = 300
 def measure(run: Path, *, guidance_scale: float = 4.0, steps: int = 20) -> dict[str, Any]:
     """Measure the `tiny-dit` that `train("tiny-dit", run)` left in `run/model`.
 
-    Writes `quality.json`, a sheet of samples (`samples.png`) and the card (`README.md`) into `run/model`.
+    Writes `quality.json`, a sheet of samples (`samples.webp`) and the card (`README.md`) into `run/model`.
 
     Args:
         run: the training's folder; its snapshots show the massive activations over training.
@@ -79,7 +79,7 @@ def measure(run: Path, *, guidance_scale: float = 4.0, steps: int = 20) -> dict[
         "diffusers": diffusers.__version__,
     }
     (folder / "quality.json").write_text(json.dumps(quality, indent=2) + "\n", encoding="utf-8")
-    contact_sheet(guided[:SHEET]).save(folder / "samples.png", optimize=True)
+    save_sheet(contact_sheet(guided[:SHEET]), folder / "samples.webp")
     cards.write(folder, training, quality)
     return quality
 

@@ -39,6 +39,7 @@ from training.measuring import (
     finished,
     largest_channels,
     mean_losses,
+    save_sheet,
     size_of,
     write_losses,
 )
@@ -57,7 +58,7 @@ def measure(run: Path) -> dict[str, Any]:
     """Measure the `tiny-sd3` or `tiny-flux` that `train(NAME, run)` left in `run/model`.
 
     Samples with the zoo's guidance scale and steps. Writes `quality.json`, `loss.csv` (see `measuring.mean_losses`) and
-    its plot, a sheet of samples (`samples.png`), the samples nearest to training tiles above these (`neighbours.png`)
+    its plot, a sheet of samples (`samples.webp`), the samples nearest to training tiles above these (`neighbours.webp`)
     and the card (`README.md`) into `run/model`.
 
     Args:
@@ -128,9 +129,9 @@ def measure(run: Path) -> dict[str, Any]:
     }
     (folder / "quality.json").write_text(json.dumps(quality, indent=2) + "\n", encoding="utf-8")
     write_losses(mean_losses(log, 150), folder / "loss.csv")
-    training_curve(pd.read_csv(folder / "loss.csv")).savefig(folder / "loss.png", metadata={"Software": None})
-    captioned_sheet(sheets[s], [*map(str, unseen)], columns=8).save(folder / "samples.png", optimize=True)
-    neighbours.save(folder / "neighbours.png", optimize=True)
+    training_curve(pd.read_csv(folder / "loss.csv")).savefig(folder / "loss.webp", pil_kwargs={"lossless": True})
+    save_sheet(captioned_sheet(sheets[s], [*map(str, unseen)], columns=8), folder / "samples.webp")
+    save_sheet(neighbours, folder / "neighbours.webp")
     cards.write(folder, training, quality, caption_dropout=recipe.caption_dropout)
     return quality
 

@@ -31,7 +31,7 @@ from dgkit.zoo import MODELS
 from training import flow, text_quality
 from training.ladder import largest_of_blocks
 from training.loop import device
-from training.measuring import captioned_sheet, finished, largest_channels
+from training.measuring import captioned_sheet, finished, largest_channels, save_sheet
 from training.text_quality import captions_of, loss_on_tiles, share
 from training.tiles import Tiles, unseen_combinations
 
@@ -85,7 +85,7 @@ def measure_training(run: Path) -> dict[str, Any]:
     FOLDER.mkdir(exist_ok=True)
     (FOLDER / f"{run.name}.json").write_text(json.dumps(measured, indent=1) + "\n", encoding="utf-8")
     if run.name != SHIPPED:
-        captioned_sheet(images, unseen, columns=8, zoom=1).save(FOLDER / f"{run.name}.png", optimize=True)
+        save_sheet(captioned_sheet(images, unseen, columns=8, zoom=1), FOLDER / f"{run.name}.webp")
     return measured
 
 

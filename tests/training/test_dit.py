@@ -338,7 +338,7 @@ def test_the_whole_recipe_of_tiny_dit_resumes_at_each_stage_and_is_measured(
     assert np.mean(list(measured["agreement_of_class"].values())) == pytest.approx(measured["agreement"])
     card = (model / "README.md").read_text()
     assert f"{measured['psnr_db']:.2f} dB | 28 dB | **not met**" in card
-    assert (model / "samples.png").exists()
+    assert (model / "samples.webp").exists()
 
 
 def test_the_whole_recipe_of_the_classifier_refuses_another_recipe(

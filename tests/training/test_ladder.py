@@ -221,7 +221,7 @@ def test_training_and_measuring_a_rung(fake_data: Any, tmp_path: Path, monkeypat
     assert set(measured["last"]["rank_in_alpha"]) == {"msa", "mlp"}
     assert {len(measured["last"][key]) for key in ("ratio", "low", "high", "dim", "token_share")} == {4}
     assert measured["samples"]["low"] <= measured["samples"]["agreement"] <= measured["samples"]["high"]
-    assert Image.open(file.with_suffix(".png")).mode == "L"
+    assert Image.open(file.with_suffix(".webp")).mode == "RGB"  # WebP has no grey
     text = file.read_bytes()
     ladder.measure_rung(run)
     assert file.read_bytes() == text
@@ -252,7 +252,7 @@ def test_the_samples_are_judged_against_their_own_class(random_pipe: DiTPipeline
 def test_the_shipped_measurements_are_small_and_of_the_recipes() -> None:
     assert tuple(measurements()) == ladder.RUNGS
     for name, measured in measurements().items():
-        files = [DATA / "ladder" / f"{name}{suffix}" for suffix in (".json", ".png")]
+        files = [DATA / "ladder" / f"{name}{suffix}" for suffix in (".json", ".webp")]
         assert all(file.stat().st_size < 60_000 for file in files)
         recipe = dit.Recipe.read(RECIPES / f"{name}.toml")
         assert measured["recipe"]["transformer"] == recipe.transformer

@@ -391,7 +391,7 @@ def test_a_text_to_image_run_is_measured_and_described(run: Path, monkeypatch: p
     scope: dict[str, Any] = {}
     exec(code, scope)
     expected = np.asarray(scope["image"]).astype(int)
-    sheet = np.asarray(Image.open(model / "samples.png"))[3 : 3 + 96, 105 : 105 + 96].astype(int)
+    sheet = np.asarray(Image.open(model / "samples.webp"))[3 : 3 + 96, 105 : 105 + 96].astype(int)
     assert np.abs(sheet[::3, ::3] - expected).max() <= 1  # batched or alone
     assert expected.std() > 1
 
@@ -556,7 +556,7 @@ def test_a_training_is_measured(run: Path, tmp_path: Path, monkeypatch: pytest.M
     run = (tmp_path / "another").rename(tmp_path / "tiny-sd3-long")
     measured = trainings.measure_training(run)
     file = tmp_path / "ladder" / "tiny-sd3-long.json"
-    assert json.loads(json.dumps(measured)) == json.loads(file.read_text()) and file.with_suffix(".png").is_file()
+    assert json.loads(json.dumps(measured)) == json.loads(file.read_text()) and file.with_suffix(".webp").is_file()
     assert (measured["width"], measured["training"]["steps"]) == (16, 5)
     assert (measured["matching"]["n"], measured["copies"]["n"]) == (3, 5)
     first, last = measured["history"]
@@ -604,7 +604,7 @@ def test_what_is_kept_of_the_trainings_is_of_their_recipes() -> None:
         assert measured["training"]["steps"] == recipe.schedule.steps
         steps = [step for step in recipe.snapshots if step <= recipe.schedule.steps]
         assert [row["step"] for row in measured["history"]] == steps
-        kept = [FOLDER / f"{name}{end}" for end in (".json", ".png") if name != SHIPPED or end == ".json"]
+        kept = [FOLDER / f"{name}{end}" for end in (".json", ".webp") if name != SHIPPED or end == ".json"]
         assert all(file.stat().st_size < 200_000 for file in kept)
     assert [measured["width"] for measured in measurements().values()] == [96, 96, 128, 96]
 
