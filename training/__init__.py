@@ -148,6 +148,7 @@ MODELS: dict[str, Model] = {
     TILE_AUTOENCODER: Model(_train_tile_autoencoder, datasets.DUNGEON_TILES),
     "tiny-sd3": Model(_train_text_to_image, datasets.DUNGEON_TILES),
     "tiny-flux": Model(_train_text_to_image, datasets.DUNGEON_TILES),
+    "tiny-sd3-first": Model(_train_text_to_image, datasets.DUNGEON_TILES),
     "tiny-sd3-fast": Model(_train_text_to_image, datasets.DUNGEON_TILES),
     "tiny-sd3-long": Model(_train_text_to_image, datasets.DUNGEON_TILES),
     "tiny-sd3-wide": Model(_train_text_to_image, datasets.DUNGEON_TILES),

@@ -1,16 +1,16 @@
-"""How much do trainings of `tiny-sd3` differ, and would a longer, wider or faster one have larger massive activations?
+"""How much do trainings of `tiny-sd3` differ, and what do the rate, the length and the width do?
 
-Beside the shipped training: `tiny-sd3-long` repeats its schedule from where it ended (its first half is `tiny-sd3`, to
-the bit), `tiny-sd3-wide` has a third more channels, and `tiny-sd3-fast` has the rate and the batch of the lowest loss
-in the search. What was measured of them is in `data/ladder`; the weights are not kept here (those of `tiny-sd3-fast`
-are in the history, at the commit of its runs). To train and measure one again, and to repeat the reference runs on it:
+Beside the shipped training: `tiny-sd3-first` was shipped before it, at an untuned rate; `tiny-sd3-long` repeats its
+schedule from where it ended (its first half is `tiny-sd3-first`, to the bit), and `tiny-sd3-wide` has a third more
+channels; `tiny-sd3-fast` is the shipped one with the transformer's rate for its text encoders, too. What was measured
+of them is in `data/ladder`; the weights are not kept here (those of `tiny-sd3-first` and `tiny-sd3-fast` are in the
+history). To train and measure one again, and to repeat the reference runs on it:
 
     python -m training train tiny-sd3-long && python -m training measure tiny-sd3-long
     cp -r _build/training/tiny-sd3-long/model tiny-sd3-long
     for name in layer-properties intervention detail-guidance; do
         dgkit run $name --model ./tiny-sd3-long --reference
     done
-    cp -r _build/reference/tiny-sd3-long data/ladder
 """
 
 import json

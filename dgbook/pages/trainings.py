@@ -11,8 +11,8 @@ from dgkit.errors import DgkitError
 from dgkit.paths import DATA
 
 FOLDER = DATA / "ladder"
-SHIPPED = "tiny-sd3"
-TRAININGS = (SHIPPED, "tiny-sd3-long", "tiny-sd3-wide", "tiny-sd3-fast")
+SHIPPED, FIRST = "tiny-sd3", "tiny-sd3-first"
+TRAININGS = (SHIPPED, "tiny-sd3-first", "tiny-sd3-long", "tiny-sd3-wide", "tiny-sd3-fast")
 
 
 def trainings() -> str:
@@ -31,7 +31,7 @@ def trainings() -> str:
                 code(name),
                 str(measured["width"]),
                 f"{schedule['steps']:,} of {schedule['batch']}",
-                f"{schedule['lr']:g}",
+                _rate(measured["recipe"]),
                 f"{last['loss']:.3f}",
                 f"{last['training_loss']:.3f}",
                 f"{_largest(last):.1f} (block {block}, channel {last['dim'][block]})",
@@ -45,7 +45,7 @@ def trainings() -> str:
 
 def growth() -> str:
     """The largest channel of any block along the trainings: a row per number of training images seen."""
-    found = {name: measured for name, measured in measurements().items() if name != SHIPPED}  # half of the longer
+    found = {name: measured for name, measured in measurements().items() if name != FIRST}  # half of the longer
     columns: dict[str, dict[int, str]] = {}
     for name, measured in found.items():
         batch = measured["recipe"]["schedule"]["batch"]
@@ -65,6 +65,12 @@ def measurements() -> dict[str, dict[str, Any]]:
     if missing:
         raise DgkitError(f"not measured: {', '.join(missing)}; training.trainings says how to")
     return {name: json.loads((FOLDER / f"{name}.json").read_text(encoding="utf-8")) for name in TRAININGS}
+
+
+def _rate(recipe: dict[str, Any]) -> str:
+    """The peak learning rate, and that of the text encoders where they have another."""
+    rate, text = recipe["schedule"]["lr"], recipe.get("text_rate", 1.0)
+    return f"{rate:g}" if text == 1 else f"{rate:g}, text {rate * text:.1g}"
 
 
 def _largest(row: dict[str, Any]) -> Interval:
