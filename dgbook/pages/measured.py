@@ -13,6 +13,7 @@ PARTS: dict[str, Callable[..., str]] = {
     "across-models": across.across_models,
     "readings": across.readings_across_models,
     "verdict-counts": verdicts.counts,
+    "test-counts": verdicts.test_counts,
     "verdicts": verdicts.section,
     "earlier-words": verdicts.earlier_words,
     "paper-scale": at_scale.paper_scale,

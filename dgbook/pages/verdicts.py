@@ -10,7 +10,7 @@ import pandas as pd
 from dgbook.chapters import ladder
 from dgbook.chapters.layers import training_history
 from dgbook.claims import paper
-from dgbook.claims.verdicts import FAILS, HOLDS, NOT_MEASURED, UNDECIDED, of_references, parts
+from dgbook.claims.verdicts import FAILS, HOLDS, NOT_MEASURED, UNDECIDED, of_references, of_training, parts
 from dgbook.markdown import code, plain, table
 from dgbook.pages.at_scale import NOT_REPEATABLE, commands
 from dgbook.pages.text import chapter_link, claim_target, on_models
@@ -151,6 +151,16 @@ def counts() -> str:
     total = found.value_counts()
     lines.append(("**all**", f"**{len(claims)}**", *(f"**{total.get(column, 0)}**" for column in columns)))
     return table(("section", "claims", *columns), lines)
+
+
+def test_counts() -> str:
+    """What the tests say of each training, each test counted once, however many claims it is about."""
+    trainings = dict.fromkeys(name for chapter in parts() for name in of_references(chapter))
+    rows = []
+    for name in trainings:
+        words = Counter(a.word for verdict in of_training(name).values() for a in verdict.answers)
+        rows.append((code(name), *(str(words[word]) for word in (HOLDS, UNDECIDED, FAILS))))
+    return table(("", HOLDS, UNDECIDED, FAILS), rows)
 
 
 def section(number: str) -> str:

@@ -611,7 +611,9 @@ def test_what_is_kept_of_the_trainings_is_of_their_recipes() -> None:
 
 def test_the_first_tiny_sd3_is_the_first_half_of_the_longer_training() -> None:
     found = measurements()
-    assert found["tiny-sd3-first"]["history"] == [row for row in found["tiny-sd3-long"]["history"] if row["step"] <= 5000]
+    assert found["tiny-sd3-first"]["history"] == [
+        row for row in found["tiny-sd3-long"]["history"] if row["step"] <= 5000
+    ]
 
 
 def test_the_card_of_the_shipped_tiny_sd3_agrees_with_its_row() -> None:
