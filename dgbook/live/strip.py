@@ -71,7 +71,8 @@ def draw_first(path: Path, name: str, images: int = 4) -> None:
     }
     ratio = channel_ratio(trace.mean_abs())[preset.block]
     figure = Figure(figsize=(10, 4.2), layout="constrained")
-    halves: Any = figure.subfigures(1, 2, width_ratios=(1, 1.15))
+    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)  # type: ignore[union-attr, call-arg]
+    halves: Any = figure.subfigures(1, 2, width_ratios=(1, 1.4))
     left, right = halves
     axis = left.subplots()
     axis.vlines(range(len(ratio)), 0, ratio, color="#949494", linewidth=1.2)

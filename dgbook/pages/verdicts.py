@@ -155,9 +155,9 @@ def counts() -> str:
 
 def test_counts() -> str:
     """What the tests say of each training, each test counted once, however many claims it is about."""
-    trainings = dict.fromkeys(name for chapter in parts() for name in of_references(chapter))
+    trainings = {name for chapter in parts() for name in of_references(chapter)}
     rows = []
-    for name in trainings:
+    for name in sorted(trainings, key=lambda name: [*MODELS, name].index(name)):
         words = Counter(a.word for verdict in of_training(name).values() for a in verdict.answers)
         rows.append((code(name), *(str(words[word]) for word in (HOLDS, UNDECIDED, FAILS))))
     return table(("", HOLDS, UNDECIDED, FAILS), rows)
