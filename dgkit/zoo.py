@@ -89,7 +89,7 @@ MODELS: dict[str, Model] = {
     ),
     "tiny-sd3": Model(
         None, "StableDiffusion3Pipeline", "SD3Transformer2DModel", 8, 96, "MIT", 0.01,
-        Preset(2, (79, 72), 1.0, 1.0, 3.0, 20, "dims by detect_massive, w by the calibration in the model card"),
+        Preset(2, (79, 72), 0.02, 0.02, 3.0, 20, "dims by detect_massive, w by the calibration in the model card"),
         data="dungeon-tiles", call={"max_sequence_length": 16}, side=32, tokens=64 + 32,
     ),
     "tiny-flux": Model(
