@@ -37,14 +37,17 @@ def check_arguments(pipe: Any, conditions: Sequence[Any], guidance_scale: float,
     """Refuse arguments of `generate` that are wrong for every image, before there is one.
 
     Raises:
-        DgkitError: conditions of another kind than the pipeline's, a class that the model was not trained on, an
+        DgkitError: conditions of another kind than the pipeline's, a class that the model was not trained on and
+            that is not its null class, an
             argument in `call` that `generate` sets or the pipeline does not take, or a negative prompt without CFG.
         ModelError: an unknown pipeline class.
     """
     row, taken = pipeline_row(pipe), signature(type(pipe).__call__).parameters
     if row.condition == "class_labels":
-        for condition in conditions:
-            integer("class", _plain(condition), 0, _classes(pipe) - 1)
+        null = pipe.transformer.config.num_embeds_ada_norm  # the class of unconditional sampling
+        for condition in map(_plain, conditions):
+            if condition != null:
+                integer("class", condition, 0, _classes(pipe) - 1)
     else:
         for condition in conditions:
             text("prompt", condition)

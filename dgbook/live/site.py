@@ -119,7 +119,9 @@ def _write_scripts(folder: Path, name: str, parts: Mapping[str, bytes]) -> list[
     for start in range(0, len(text), CHUNK):
         file = f"{name}.{len(files)}.js"
         with replacing(folder / file) as partial:
-            partial.write_text(f'dgLive.take("{name}", {len(files)}, "{text[start : start + CHUNK]}");\n', "utf-8")
+            partial.write_text(
+                f'dgLive.take("{name}", {len(files)}, "{text[start : start + CHUNK]}");\n', encoding="utf-8"
+            )
         files.append(file)
     return files
 

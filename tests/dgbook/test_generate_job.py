@@ -222,7 +222,7 @@ def test_prompts_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(DgkitError, match="gap.txt, line 2 is empty"):
         read_conditions(str(file), None)
     file.write_bytes(b"\xff\xfe")
-    with pytest.raises(DgkitError, match="give a text file"):
+    with pytest.raises(DgkitError, match="gap.txt is not text in UTF-8"):
         read_conditions(str(file), None)
 
 

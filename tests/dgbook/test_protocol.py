@@ -8,6 +8,7 @@ from dgbook.paper_scale.prompts import SETS
 from dgbook.paper_scale.row import Row, block_evaluations, filled, in_small
 from dgbook.paper_scale.scores import METRICS
 from dgkit.errors import DgkitError
+from dgkit.zoo import MODELS
 
 
 def row(table: str, label: str) -> Row:
@@ -120,7 +121,8 @@ def test_figure_5b_is_as_in_section_4_2() -> None:
     assert control.disruption == {"block": 21, "dims": [154, 1446], "kind": "random"} and control.paper == {}
     little = in_small(disrupted)
     assert (little.label, little.baseline) == ("tiny-sd3 MAs disrupted", "tiny-sd3 original")
-    assert little.disruption == {"block": 4, "dims": [8], "kind": "zero"} and little.wins
+    preset = MODELS["tiny-sd3"].preset
+    assert little.disruption == {"block": preset.block, "dims": [*preset.dims], "kind": "zero"} and little.wins
 
 
 def test_figure_8_varies_one_thing_at_a_time() -> None:
@@ -148,7 +150,9 @@ def test_small_rows_have_the_small_models_own_scale() -> None:
     assert in_small(row("table2", "APG")).methods == {"apg": {"scale": 3.0}}
     assert in_small(row("table2", "CFG++")).methods == {"cfg++": {}}
     little = in_small(row("table6", "Cond + DG"))
-    assert little.methods == {"dg": {"block": 2, "dims": [7, 83], "scale": 0.1}} and little.seed_blocks == 3
+    preset = MODELS["tiny-dit"].preset
+    expected = {"block": preset.block, "dims": [*preset.dims], "scale": preset.scale}
+    assert little.methods == {"dg": expected} and little.seed_blocks == 3
 
 
 def test_costs_are_those_of_the_engine() -> None:

@@ -177,7 +177,7 @@ def test_words_on_the_scale_are_the_presets() -> None:
     # Table 5 of the paper: w for SD3, SD3.5 and Flux, alone and beside CFG
     assert "sd3: 1 / 1 (Tables 4 and 5)" in words
     assert "sd3.5-large, flux-dev, flux-dev-de-distill: 4 / 2 (Tables 4 and 5)" in words
-    assert "none in its card helps" in words
+    assert "tiny-dit: 0.02 / 0.2 (dims by detect_massive, w by the calibration in the model card)" in words
 
 
 def test_cfg_of_a_pipeline_that_dgkit_does_not_know(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -258,7 +258,7 @@ def test_generate_depends_on_the_seed_of_each_image_alone() -> None:
         ({"guidance_scale": "4"}, "guidance_scale='4' is not allowed"),
         ({"guidance_scale": None}, "guidance_scale=None is not allowed"),
         ({"guidance_scale": float("nan")}, "guidance_scale=nan is not allowed"),
-        ({"conditions": [0, 1000]}, "class=1000 is not allowed: give an integer from 0 to 999"),  # which is none
+        ({"conditions": [0, 1001]}, "class=1001 is not allowed: give an integer from 0 to 999"),  # 1000 is none of them
         ({"conditions": [0, -1]}, "class=-1 is not allowed"),
         ({"conditions": [0, True]}, "class=True is not allowed"),
         ({"conditions": [0, 1.0]}, "class=1.0 is not allowed"),
