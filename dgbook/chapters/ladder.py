@@ -131,15 +131,16 @@ def values() -> dict[str, Any]:
 def sentence(v: Mapping[str, Any]) -> str:
     """`values` in words."""
     correlation, count = v["rank_correlation"], len(v["sizes"])
-    grows = "do not grow" if correlation <= 0 else "grow" if correlation > 1 - 1e-9 else "do not grow steadily"
+    rises = "does not rise" if correlation <= 0 else "rises" if correlation > 1 - 1e-9 else "does not rise steadily"
+    told = "" if v["p"] < 0.05 else ", which so few sizes cannot tell from chance"
     ratios = ratios_of_sizes(v["sizes"], v["largest_ratio"])
     millions = ", ".join(f"{n / 1e6:.1f}" for n in dict.fromkeys(v["parameters"]))
     massive = sum(share > 0 for share in v["massive_blocks"])
     return (
         f"After {v['step']:,} training steps, the largest channel is {ratios} times its block's median in "
         f"models of {millions} million parameters, and above five times in {massive} of the {count} trainings: in this "
-        f"ladder massive activations {grows} with size (rank correlation of the sizes' means {correlation:.2f}, "
-        f"p = {v['p']:.2f}; as few sizes as these cannot have less than p = {v['smallest_p']:.2f}), but "
+        f"ladder the ratio {rises} with size{told} (rank correlation of the sizes' means {correlation:.2f}, "
+        f"p = {v['p']:.2f}, and never less than {v['smallest_p']:.2f} with as many); "
         f"trainings of one size differ by up to {v['largest_spread']:.1f}."
     )
 

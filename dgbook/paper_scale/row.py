@@ -93,7 +93,8 @@ def in_small(row: Row) -> Row:
         if row.label == depth_label(parameters["block"]):
             block = parameters["block"] * tiny.blocks // big.blocks
             methods[name]["block"], label = block, depth_label(block)
-        if (w := parameters.get("scale")) != detail_guidance(big.preset, row.guidance_scale).get("scale"):
+        w = parameters.get("scale")
+        if "w = " in row.label or w != detail_guidance(big.preset, row.guidance_scale).get("scale"):
             methods[name]["scale"] = w
 
     def renamed(text: str) -> str:

@@ -104,16 +104,17 @@ def test_values_and_sentence(planted: Path) -> None:
     sentence = ladder.sentence(values)
     assert "3.0 and 1.5 (S), 6.0 and 3.0 (B), 7.0 and 3.5 (XL) times" in sentence
     assert "above five times in 2 of the 6 trainings" in sentence
-    assert "massive activations grow with size (rank correlation of the sizes' means 1.00, p = 0.33; " in sentence
-    assert "cannot have less than p = 0.33), but trainings of one size differ by up to 3.5." in sentence  # 7.0 and 3.5
+    assert "the ratio rises with size, which so few sizes cannot tell from chance" in sentence
+    assert "1.00, p = 0.33, and never less than 0.33 with as many)" in sentence
+    assert "trainings of one size differ by up to 3.5" in sentence  # 7.0 and 3.5
 
 
 @pytest.mark.parametrize(
     ("ratios", "words"),
     [
-        ([3.0, 4, 5, 6], "grow with size"),  # 3.0 and 1.5, 4.0 and 2.0, ...: the means grow
-        ([6.0, 5, 4, 3], "do not grow with size"),
-        ([3.0, 5, 4, 6], "do not grow steadily with size"),
+        ([3.0, 4, 5, 6], "rises with size"),  # 3.0 and 1.5, 4.0 and 2.0, ...: the means grow
+        ([6.0, 5, 4, 3], "does not rise with size"),
+        ([3.0, 5, 4, 6], "does not rise steadily with size"),
     ],
 )
 def test_the_sentence_follows_the_numbers(
@@ -121,7 +122,7 @@ def test_the_sentence_follows_the_numbers(
 ) -> None:
     write_ladder(tmp_path, {name: {5: [r]} for name, r in zip(ladder.RUNGS, ratios, strict=True)})
     monkeypatch.setattr(ladder, "DATA", tmp_path)
-    assert f"massive activations {words}" in ladder.sentence(ladder.values())
+    assert f"the ratio {words}" in ladder.sentence(ladder.values())
 
 
 @pytest.mark.parametrize("y", [*product([1.0, 2.0, 2.5], repeat=4)][1:40:6])
@@ -137,7 +138,7 @@ def test_the_p_value_is_exact(y: tuple[float, ...]) -> None:
 def test_equal_ratios_do_not_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_ladder(tmp_path, {name: {5: [6.0]} for name in ladder.RUNGS})
     monkeypatch.setattr(ladder, "DATA", tmp_path)
-    assert "massive activations do not grow with size" in ladder.sentence(ladder.values())
+    assert "the ratio does not rise with size" in ladder.sentence(ladder.values())
     assert ladder.values()["p"] == 1
 
 

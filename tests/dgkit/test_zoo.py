@@ -372,13 +372,15 @@ def test_the_shipped_model_loads_and_samples_as_the_real_one() -> None:
     assert not list(folder.rglob("*.bin")) and not list(folder.rglob("*.pt"))
 
 
-def test_the_shipped_models_w_is_that_of_its_calibration() -> None:
-    """The w whose sharpness is closest to real images', without and with CFG, as the model card says."""
-    preset = zoo.MODELS["tiny-dit"].preset
-    rows = json.loads((DATA / "models" / "tiny-dit" / "quality.json").read_text())["guidance"]
+@pytest.mark.parametrize("name", ["tiny-dit", "tiny-sd3", "tiny-flux"])
+def test_the_shipped_models_w_is_that_of_its_calibration(name: str) -> None:
+    """The positive w of one grid with the lowest distance to real images, without and with CFG, as the plan says."""
+    preset = zoo.MODELS[name].preset
+    rows = json.loads((DATA / "models" / name / "quality.json").read_text())["guidance"]
     for scale, w in ((1.0, preset.scale), (preset.guidance_scale, preset.scale_with_cfg)):
-        of_scale = [row for row in rows if row["guidance_scale"] == scale]
-        assert min(of_scale, key=lambda row: abs(row["sharpness_of_real"] - 1))["w"] == w
+        distances = {row["w"]: row["frechet"] for row in rows if row["guidance_scale"] == scale}
+        assert list(distances) == [0, 0.02, 0.05, 0.1, 0.2, 0.5, 1]
+        assert min(list(distances)[1:], key=distances.__getitem__) == w
 
 
 @pytest.mark.parametrize("name", zoo.MODELS)
