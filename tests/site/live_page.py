@@ -120,7 +120,7 @@ def by_dgkit(name: str, settings: dict[str, Any]) -> dict[str, np.ndarray]:
     preset = MODELS[name].preset
     edit: Any = {"block": settings.get("block", preset.block), "dims": settings.get("dims", preset.dims)}
     edit |= {"start": settings.get("start", 0.0), "stop": settings.get("stop", 1.0)}
-    guided = {"scale": settings.get("w", preset.scale), **edit}
+    guided = {"scale": settings.get("w", preset.scale_with_cfg), **edit}
     s = settings.get("s", preset.guidance_scale)
     condition = settings.get("caption", settings.get("class", sampling.own_conditions(pipe, 1)[0]))
 
