@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from dgbook.chapters import readings
-from dgbook.claims import results, verdicts
+from dgbook.claims import paper, results, verdicts
 from dgbook.claims.verdicts import FAILS, HOLDS, NOT_MEASURED, UNDECIDED, Answer, Verdict
 from dgbook.markdown import code, plain, table
 from dgbook.pages.text import chapter_link, claim_target
@@ -97,7 +97,8 @@ def sizes() -> str:
         rows.append((code(model), *shown, f"{largest['token_share']:.0%}", met, *counts))
     if not rows:
         return NO_RUN
-    rows.append(("SD3, in the paper", "", "", "about 150 (mean)", "all", *[""] * (1 + len(thresholds))))
+    printed = paper.claims().set_index("id").at["4.1g", "numbers"]
+    rows.append(("SD3, in the paper", "", "", plain(printed), "all", *[""] * (1 + len(thresholds))))
     heads = ("", "over the median", "of the energy", "largest size", "of the tokens", "Sun et al.", *thresholds)
     return table(heads, rows)
 

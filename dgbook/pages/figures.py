@@ -29,11 +29,11 @@ MILLION_TICKS = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100]
 PLAIN = FuncFormatter(lambda value, _: f"{value:g}")
 
 LABELS = {
-    "low_error": "low-frequency error\n(relative squared)",
-    "high_error": "high-frequency error\n(relative squared)",
-    "sharpness_ratio": "sharpness ratio\n(variance of the Laplacian)",
-    "high_frequency_change": "change of\nhigh-frequency energy share",
-    "detail_distance": "distance of the detail\nfrom real images (dB)",
+    "low_error": "low-frequency\nerror (relative\nsquared)",
+    "high_error": "high-frequency\nerror (relative\nsquared)",
+    "sharpness_ratio": "sharpness ratio\n(variance of\nthe Laplacian)",
+    "high_frequency_change": "change of the\nhigh-frequency\nenergy share",
+    "detail_distance": "distance of the\ndetail from real\nimages (dB)",
     "agreement": "agreement with\nthe condition",
     "agreement_change": "change of the\nagreement",
     "frechet": "Frechet distance\n(judge's features)",
