@@ -1,6 +1,5 @@
 """The live page in a real browser, against dgkit: `make test-book` after `make book`, which exports the models."""
 
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -10,7 +9,7 @@ from urllib.parse import urlencode
 
 import numpy as np
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
 import dgkit
 from dgkit import sampling
@@ -21,8 +20,6 @@ from tests.site import live_site
 if not (live_site.DATA / "models.js").is_file():
     raise FileNotFoundError(f"{live_site.DATA} has no models: run `make book` first")
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on PATH: install chromium for the browser tests")
 
 WIDE, NARROW = {"width": 1280, "height": 900}, {"width": 390, "height": 844}
 NAMES = [name for name, row in MODELS.items() if row.source is None]
@@ -39,15 +36,6 @@ SETTINGS: list[tuple[str, dict[str, Any]]] = [
     ("tiny-dit", {"steps": 5, "seed": 2**32 - 1, "start": 0.4, "w": 0.3, "class": 8}),
     ("tiny-flux", {"steps": 5, "s": 1, "block": 6, "caption": "a red xylophone"}),
 ]
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with sync_playwright() as driver:
-        arguments = ["--no-sandbox", "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=arguments)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
