@@ -284,7 +284,7 @@ def schedule_table(values: Mapping[str, Any]) -> pd.DataFrame:
         row = {
             "computed": label(name),
             "block evaluations of CFG's": f"{measured['cost']:.2f}",
-            "distance to full DG": f"{measured['distance']:.3f}",
+            "distance to full CFG + DG": f"{measured['distance']:.3f}",
         }
         if "frechet" in measured:
             row |= {"Frechet": f"{measured['frechet']:.2f}", "change": f"{measured['frechet_change']:+.2f}"}
